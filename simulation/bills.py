@@ -10,7 +10,16 @@ from typing import Any, Final, NamedTuple
 from msgspec.structs import replace
 
 from simulation.client import Sight
-from simulation.history import FIRST_BYTE_S, LEASE_TOKENS, OPTIONS, STORE_TIMEOUT_S, WRITE_TIMEOUT_S, Model, Price
+from simulation.history import (
+    FIRST_BYTE_S,
+    IDLE_S,
+    LEASE_TOKENS,
+    OPTIONS,
+    STORE_TIMEOUT_S,
+    WRITE_TIMEOUT_S,
+    Model,
+    Price,
+)
 from simulation.provider import TOKENS_OF_A_MESSAGE, Call, prompt_tokens
 from simulation.record import HOP_S, LATENCY_S, RECOVERY_S, Trouble, View, cut_short
 
@@ -296,9 +305,8 @@ def _charges_of(
     if call.complete or final:
         yield whole
     # the provider had the prompt, unless it was left for something else: for its silence, by a drain, for lack of credit
-    is_silent = call.answer.is_silent and (
-        goes_on or (not call.head_sent and call.ended_at - call.at >= FIRST_BYTE_S - HOP_S)
-    )
+    silent_s, most_s = silence(call)
+    is_silent = call.answer.is_silent and (goes_on or silent_s >= most_s - HOP_S)
     is_early = call.ended_at < min(sight.ended_at - HOP_S, sight.began_at + WRITE_TIMEOUT_S)
     is_ours = is_silent or is_early or view.feels(sight, "drained")
     hung_up = sight.ended == "left" and call.ended == "closed" and not call.reported and not is_ours
@@ -321,6 +329,12 @@ def _charges_of(
     if call.reported and "prompt" in call.is_true:  # running reports, which no cap bounds
         told = model.price.cost(call.bill.prompt, call.bill.cached, call.shown_begun)
         yield Cost(min(part.least, whole.least), max(part.most, told))
+
+
+def silence(call: Call) -> tuple[float, float]:
+    """Return for how long a provider had been silent when the gateway left it, and for how long it may be."""
+    since, most_s = (call.last_at, IDLE_S) if call.head_sent else (call.at, FIRST_BYTE_S)
+    return (call.ended_at or math.inf) - since, most_s
 
 
 def _model_of(view: View, sight: Sight, call: Call) -> str:

@@ -760,6 +760,8 @@ def _credit(rng: random.Random) -> History:
 
 def _store(rng: random.Random) -> History:
     """Draw a store that fails under ordinary requests."""
+    if rng.random() < 0.3:
+        return _alone(rng)
     requests: list[Step] = [
         _reading(rng, _request(rng, f"q{number}", _any_answer(rng), spread=2.0), 0.15)
         for number in range(rng.randint(2, 6))
@@ -774,6 +776,45 @@ def _store(rng: random.Random) -> History:
         requests += [replace(request, worker=rng.randint(0, 1)) for request in more]
     steps = [*requests, *faults]
     return History(0, "", keys=(key,), workers=workers, local=local, steps=tuple(steps))
+
+
+def _alone(rng: random.Random) -> History:
+    """Draw requests of one account that workers admit without the store: near its allowance, or near its key's limits.
+
+    Then a worker is killed, and its successor finds the journal while the store still refuses writes, or the store is lost
+    once more when all has been charged.
+    """
+    near = rng.choice(("allowance", "allowance", "slots", "requests", "tokens"))
+    what: FaultKind = rng.choice(("refused", "refused", "full", "gone"))
+    workers, lost_at, lost_s = rng.choice((1, 1, 2)), 2.0, rng.choice((8.0, 15.0))
+    key = KeyPlan(
+        requests_per_minute=rng.choice((4, 6)) if near == "requests" else None,
+        burst=rng.choice((None, 2)) if near == "requests" else None,
+        tokens_per_minute=rng.choice((300, 1_000)) if near == "tokens" else None,
+        max_parallel=rng.choice((1, 2, 2, 4)) if near == "slots" else None,
+    )
+    times = [0.1 * worker for worker in range(workers)]  # so that each has seen the key
+    times += [lost_at + 0.2 + rng.choice((0.0, 0.3, 1.5, 3.0)) * rng.random() for _ in range(rng.randint(4, 7))]
+    steps: list[Step] = [Fault(lost_at, what, for_s=lost_s)]
+    if near == "slots" or rng.random() < 0.3:
+        times += [lost_at + rng.choice((5.5, 7.0)) for _ in range(rng.randint(1, 3))]  # when the others are over
+    elif rng.random() < 0.7:
+        killed_at, until_s = lost_at + 3.3 + rng.random(), rng.choice((0.0, 0.3))
+        steps.append(WorkerEvent(round(killed_at, 3), "killed", 0, until_s))
+        times += [killed_at + until_s + 0.4 + rng.random() for _ in range(rng.randint(3, 5))]
+    else:
+        again_at = lost_at + lost_s + 6.0
+        steps.append(Fault(again_at, what, for_s=5.0))
+        times += [again_at + 0.2 + rng.random() * 2 for _ in range(rng.randint(3, 5))]
+    lasts_s = (1.2, 2.0, 3.0) if near == "slots" else (0.0, 0.0, 0.5)
+    for number, at_s in enumerate(times):
+        answer = Answer(words=rng.choice((60, 150, 200, 300)), per_event=30, delay_s=rng.choice(lasts_s))
+        stream = rng.random() < 0.5
+        request = Request(f"q{number}", round(at_s, 3), model="plain", stream=stream, answers=(answer,))
+        most = rng.choice((100, 200, None)) if near in {"allowance", "tokens"} else 20
+        worker = number if number < workers else rng.choice((0, 0, 0, 1))
+        steps.append(replace(request, max_tokens=most, worker=worker))
+    return History(0, "", keys=(key,), workers=workers, local=True, steps=tuple(steps))
 
 
 def _workers(rng: random.Random) -> History:

@@ -89,6 +89,15 @@ def _shares_passed(view: View) -> Iterator[str]:
                     if last - first + 1 > size + took_s * rate + 1e-6:
                         yield f"k{number}: {worker} admitted {last - first + 1} requests in {took_s:.1f} s of a share of {size:g}"
                         return
+            if key.tokens_per_minute is not None:
+                size = max(key.tokens_per_minute / known, 1.0)
+                for first, last in itertools.combinations(range(len(sights)), 2):
+                    took_s = _admitted_by(view, sights[last]) - sights[first].began_at
+                    *before, own = (tokens_taken(view, sight)[0] for sight in sights[first : last + 1])
+                    if sum(before) + min(own, size) > size + took_s * size / 60 + 1e-6:  # none for more than it has
+                        tokens = f"{sum(before)} tokens and {own}"
+                        yield f"k{number}: {worker} admitted {tokens} in {took_s:.1f} s of a share of {size:g}"
+                        return
             if key.max_parallel is not None:
                 share = min(key.max_parallel, max(key.max_parallel // known, 1))
                 calls = [call for sight in sights for call in view.own_calls(sight)]

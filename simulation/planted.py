@@ -1340,6 +1340,60 @@ PLANTED: Final = [
         "                self._parallel[owner] -= 1\n",
         "                self._parallel[owner] -= 0\n",
     ),
+    Planted(
+        "a restart forgets the allowance of its journal",
+        "ledger/local.py",
+        "            if settlement.unheld:\n",
+        "            if False:\n",
+    ),
+    Planted(
+        "slots aren't enforced without Redis",
+        "ledger/local.py",
+        "        if full := self._full(request):\n",
+        "        if (full := self._full(request)) and not request:\n",
+    ),
+    Planted(
+        "tokens aren't taken from a bucket without Redis",
+        "ledger/local.py",
+        '"tokens", tokens_limit, tokens_limit), tokens\n',
+        '"tokens", tokens_limit, tokens_limit), 0\n',
+    ),
+    Planted(
+        "an allowance that is short is told as a limit",
+        "ledger/local.py",
+        'Denial("insufficient_credits", "credit", max(available, 0),',
+        'Denial("rate_limit", "account tokens", max(available, 0),',
+    ),
+    Planted(
+        "the allowance isn't refilled when Redis has charged",
+        "ledger/local.py",
+        "            self._set_owed(hold_id, self._owed[hold_id][0], 0)\n",
+        "            pass\n",
+    ),
+    Planted(
+        "a stream is extended without Redis beyond the allowance",
+        "ledger/local.py",
+        "        if amount_nusd > self._available(request.account):\n",
+        "        if amount_nusd < 0:\n",
+    ),
+    Planted(
+        "what a stream was extended by without Redis isn't counted",
+        "ledger/local.py",
+        "self._owed.get(request.hold_id, (request.account, 0))[1] + amount_nusd\n",
+        "self._owed.get(request.hold_id, (request.account, 0))[1]\n",
+    ),
+    Planted(
+        "a bucket refills ten times as fast without Redis",
+        "ledger/local.py",
+        "old.level + (now - old.at) * rate)",
+        "old.level + (now - old.at) * rate * 10)",
+    ),
+    Planted(
+        "what is over counts against the allowance as it had been held",
+        "ledger/local.py",
+        "            amount = max(settlement.cost_nusd - held_by_redis_nusd, 0)\n",
+        "            amount = max(self._owed.get(settlement.hold_id, ('', 0))[1], settlement.cost_nusd)\n",
+    ),
 ]
 
 

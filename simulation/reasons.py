@@ -15,16 +15,15 @@ from simulation.bills import (
     most_held_for,
     nusd,
     over_at,
+    silence,
 )
 from simulation.breakers import ASKED_S, is_failing, may_all_be_open
 from simulation.client import Sight
 from simulation.history import (
     ALLOWANCE_NUSD,
     DEFAULT_OUTPUT_TOKENS,
-    FIRST_BYTE_S,
     HEARTBEAT_S,
     HOLD_TTL_S,
-    IDLE_S,
     LEASE_TOKENS,
     MAX_OUTPUT_TOKENS,
     STANDARD_TIERS,
@@ -156,7 +155,9 @@ def _allowed_at_least(view: View, sight: Sight) -> int:
     """Return the least that is left of a worker's share of the allowance, when a request came."""
     has_successor = any(each.what in {"killed", "drained"} for each in view.record.troubles)
     others = [
-        max(most_held(view, other, most_made(view, other)), view.owed(other))  # of a provider that ignores its cap
+        view.owed(other)  # which may be above its hold, of a provider that ignores its cap
+        if view.settled.get(other.request_id) and over_at(view, other) + LATENCY_S < sight.began_at
+        else max(most_held(view, other, most_made(view, other)), view.owed(other))
         for other in view.record.sights
         if other is not sight and view.key(other) == view.key(sight) and other.began_at <= sight.ended_at
         if has_successor or view.worker(other) == view.worker(sight)
@@ -514,15 +515,9 @@ def _begun_at(view: View, sight: Sight, *, surely: bool) -> float:
     return math.inf
 
 
-def _silence(call: Call) -> tuple[float, float]:
-    """Return for how long a provider had been silent when the gateway left it, and for how long it may be."""
-    since, most_s = (call.last_at, IDLE_S) if call.head_sent else (call.at, FIRST_BYTE_S)
-    return (call.ended_at or math.inf) - since, most_s
-
-
 def _was_silent(call: Call) -> bool:
     """Whether the gateway left a provider that had been silent for as long as it may be."""
-    silent_s, most_s = _silence(call)
+    silent_s, most_s = silence(call)
     return call.ended in {"cut", "closed"} and silent_s >= most_s - 2 * HOP_S
 
 
@@ -649,6 +644,6 @@ def deadlines_hold(view: View) -> Iterator[str]:
             yield f"{sight.request_id} has a timeout of {timeout_s} s, and waited {timeout_s + late_s:.2f} s"
     slow = {sight.marker for sight in view.record.sights if sight.request.reads in {"slowly", "stalls"}}
     for call in view.record.calls:
-        silent_s, most_s = _silence(call)
+        silent_s, most_s = silence(call)
         if call.marker not in slow and call.ended in {"cut", "closed", ""} and silent_s > most_s + LATE_S:
             yield f"{call.upstream} was silent for {silent_s:.2f} s in {call.marker}, and may be for {most_s:g}"

@@ -60,6 +60,9 @@ def remaining(tokens, **fields):
     return change
 
 
+LEAST_TOKENS = 84  # that an admission of the good record takes
+
+
 def reset(kind, told, **fields):
     """Let a bucket's reset be told, of a key with 1,000 tokens or with limits of requests."""
 
@@ -366,6 +369,34 @@ def test_a_worker_tells_its_share_of_a_limit_without_the_store(remaining, reset,
         pytest.param(3, {"max_parallel": 4}, 2, ("gone", 9.0, 20.0), False, id="more slots than that"),
         pytest.param(1, {"max_parallel": 1}, 2, ("gone", 9.0, 20.0), True, id="at least one slot"),
         pytest.param(2, {"max_parallel": 1}, 2, ("gone", 9.0, 20.0), False, id="and no more"),
+        pytest.param(
+            2, {"tokens_per_minute": 4 * LEAST_TOKENS}, 2, ("gone", 9.0, 20.0), True, id="a share of the tokens"
+        ),
+        pytest.param(
+            2, {"tokens_per_minute": 4 * LEAST_TOKENS - 2}, 2, ("gone", 9.0, 20.0), False, id="more tokens than that"
+        ),
+        pytest.param(
+            2,
+            {"tokens_per_minute": 4 * LEAST_TOKENS - 2},
+            1,
+            ("gone", 9.0, 20.0),
+            True,
+            id="all tokens, as no other is known",
+        ),
+        pytest.param(
+            2, {"tokens_per_minute": 4 * LEAST_TOKENS - 2}, 2, ("slow", 9.0, 20.0), True, id="tokens of a slow store"
+        ),
+        pytest.param(
+            1, {"tokens_per_minute": LEAST_TOKENS}, 2, ("gone", 9.0, 20.0), True, id="more tokens than a share, once"
+        ),
+        pytest.param(
+            2,
+            {"tokens_per_minute": LEAST_TOKENS},
+            2,
+            ("gone", 9.0, 20.0),
+            False,
+            id="more tokens than a share, and again",
+        ),
     ],
 )
 def test_a_worker_keeps_to_its_share_of_limits_without_the_store(count, limits, told, outage, is_right):

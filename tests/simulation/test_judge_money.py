@@ -188,13 +188,14 @@ def held(amount):
     return change
 
 
-def spent_before(cost, charged_at=11.0, worker=0):
+def spent_before(cost, charged_at=11.0, worker=0, cap=1, ended_at=9.7):
     """Let another request have cost so much before one was refused for a hold of all, with nothing left of the allowance."""
 
     def change(case):
         short_of(FULL_HOLD, 0)(case)
-        other = Sight(Request("q1", max_tokens=1), "mk1q1z", "id-q1", b"", 9.6, sent_at=9.6, ended="left", ended_at=9.7)
-        other.worker = worker
+        began_at = ended_at - 0.1
+        other = Sight(Request("q1", max_tokens=cap), "mk1q1z", "id-q1", b"", began_at, sent_at=began_at, ended="left")
+        other.worker, other.ended_at = worker, ended_at
         case.record.sights.append(other)
         charged = {"settled_ms": round(charged_at * 1000)}
         case.record.books = {0: book(settled(request_id="id-q1", hold="none", cost_nusd=cost, held_nusd=0, **charged))}
@@ -328,6 +329,12 @@ MONEY = {
         REQUEST,
         BILLS | {"statuses_have_reasons"},
     ),
+    "a refusal for what may still be held": (alone(spent_before(1, cap=None, ended_at=9.0)), REQUEST, BILLS),
+    "a refusal for what was held of a request that is over": (
+        alone(spent_before(1, cap=None, ended_at=8.99)),
+        REQUEST,
+        BILLS | {"statuses_have_reasons"},
+    ),
     "a refusal for what was charged just before": (
         alone(spent_before(ALLOWANCE_NUSD // 2, 9.01), 5.0),
         REQUEST,
@@ -435,13 +442,21 @@ def test_the_source_of_the_tokens_is_judged(change, is_right):
 
 
 @pytest.mark.parametrize(
-    ("waited_s", "delay_s", "excused"), [(29.91, 31.0, True), (29.89, 31.0, False), (30.0, 29.0, False)]
+    ("waited_s", "answer", "head_sent", "excused"),
+    [
+        (29.91, Answer(delay_s=31.0), False, True),
+        (29.89, Answer(delay_s=31.0), False, False),
+        (30.0, Answer(delay_s=29.0), False, False),
+        (19.91, Answer(pause_s=21.0), True, True),
+        (19.89, Answer(pause_s=21.0), True, False),
+        (20.0, Answer(pause_s=19.0), True, False),
+    ],
 )
-def test_a_provider_that_never_began_is_paid_by_no_client_that_takes_nothing(waited_s, delay_s, excused):
-    case = Case(Request("q0", stream=True, reads="stalls"), answer=Answer(delay_s=delay_s))
+def test_a_provider_that_is_left_for_its_silence_is_paid_by_no_client(waited_s, answer, head_sent, excused):
+    case = Case(Request("q0", stream=True, reads="stalls"), answer=answer)
     gone_in_the_head(0)(case)
-    case.sight.ended_at, case.call.at, case.call.head_sent = 90.0, 12.0, False
-    case.call.ended_at = 12.0 + waited_s
+    case.sight.ended_at, case.call.ended_at, case.call.head_sent = 90.0, 42.0, head_sent
+    case.call.at = case.call.last_at = 42.0 - waited_s
     assert ("charges_are_bills" not in {finding.rule for finding in judge(case.record)}) == excused
 
 
