@@ -534,8 +534,8 @@ PLANTED: Final = [
     Planted(
         "an Idempotency-Key is charged twice behind a settlement",
         LUA + "settle.lua",
-        "  if taken then\n    cost, waived = '0', cost\n  elseif",
-        "  if false then\n    cost, waived = '0', cost\n  elseif",
+        "if paid and paid ~= '' and paid ~= id then",
+        "if false then",
     ),
     Planted(
         "a settlement without a hold has no marker",

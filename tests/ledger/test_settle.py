@@ -321,11 +321,11 @@ async def test_a_failed_request_leaves_its_idempotency_key_as_it_is(
     assert (await read.hash(record["replay"]))["state"] == "running"
 
 
-@pytest.mark.parametrize("state", ["running", "finished", "charged", "lost"])
+@pytest.mark.parametrize("state", ["finished", "charged", "lost"])
 async def test_an_idempotency_key_that_another_request_has_is_charged_to_that_one(
     ledger, ask, settlement, read, store, keys, state
 ):
-    """This one was cut off for longer than its hold lives, and a repeat ran meanwhile."""
+    """An older release has ended that one, and noted nothing but its state."""
     await ledger.grant("acme", 1000)
     record = await claimed(store, keys, "h2", state)
     await ledger.admit(ask("h1"))
@@ -336,18 +336,49 @@ async def test_an_idempotency_key_that_another_request_has_is_charged_to_that_on
     assert (await ledger.balance("acme")).balance_nusd == 1000
 
 
-@pytest.mark.parametrize(("cost", "charged", "waived"), [(0, "60", "0"), (1, "0", "60")])
-async def test_a_repeat_that_was_free_leaves_the_charge_to_the_first_request(
-    ledger, ask, settlement, read, store, keys, cost, charged, waived
+@pytest.mark.parametrize("outcome", ["completed", "upstream_failed"])
+@pytest.mark.parametrize(
+    ("order", "costs", "charged"),
+    [
+        (["h1", "h2"], {"h1": 60, "h2": 5}, {"h1": 60, "h2": 0}),
+        (["h2", "h1"], {"h1": 60, "h2": 5}, {"h1": 0, "h2": 5}),
+        (["h1", "h2"], {"h1": 0, "h2": 5}, {"h1": 0, "h2": 5}),
+        (["h1", "h2"], {"h1": 60, "h2": 0}, {"h1": 60, "h2": 0}),
+        (["h2", "h1"], {"h1": 60, "h2": 0}, {"h1": 60, "h2": 0}),
+    ],
+)
+async def test_an_idempotency_key_is_charged_for_what_is_settled_first_and_costs_something(
+    ledger, ask, settlement, read, store, keys, order, costs, charged, outcome
 ):
+    """The first request was cut off for longer than its hold lives, and a repeat has its record."""
     await ledger.grant("acme", 1000)
     record = await claimed(store, keys, "h2")
     await ledger.admit(ask("h1"))
     await ledger.admit(ask("h2"))
-    await ledger.settle(settlement("h2", cost_nusd=cost, **record))
+    ends = {"h1": "completed", "h2": outcome}
+    if order[0] == "h2" and outcome != "completed":
+        charged = charged | {"h1": 60}  # a repeat that failed doesn't end the key
+    for name in order:
+        await ledger.settle(settlement(name, cost_nusd=costs[name], outcome=ends[name], **record))
+    events = {event["hold_id"]: event for event in await read.events(keys.usage) if event["event"] == "settled"}
+    assert {name: int(event["cost_nusd"]) for name, event in events.items()} == charged
+    assert {name: int(event["waived_nusd"]) for name, event in events.items()} == {
+        name: costs[name] - charged[name] for name in costs
+    }
+
+
+async def test_a_repeat_behind_one_that_failed_knows_what_was_charged(ledger, ask, settlement, store, keys):
+    """The first request is settled while its repeat runs; that fails, and the next repeat claims its record."""
+    await ledger.grant("acme", 1000)
+    record = await claimed(store, keys, "h2")
+    for name in ("h1", "h2", "h3"):
+        await ledger.admit(ask(name))
     await ledger.settle(settlement("h1", **record))
-    event = (await read.events(keys.usage))[-1]
-    assert (event["cost_nusd"], event["waived_nusd"]) == (charged, waived)
+    await ledger.settle(settlement("h2", cost_nusd=0, outcome="upstream_failed", **record))
+    await store.execute("HSET", record["replay"], "state", "failed")
+    await claimed(store, keys, "h3")
+    await ledger.settle(settlement("h3", **record))
+    assert (await ledger.balance("acme")).balance_nusd == 940
 
 
 async def test_an_idempotency_key_that_another_request_has_only_claimed_is_charged_once(

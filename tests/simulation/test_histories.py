@@ -230,6 +230,35 @@ FOUND = {
             ),
         ),
     ),
+    "a late settlement was waived for a repeat that ran then, and was free": History(
+        20179504,
+        "found",
+        steps=(
+            Request(
+                "q0",
+                at_s=0.059,
+                stream=True,
+                max_tokens=5,
+                prompt_words=1,
+                keyed=True,
+                answers=(
+                    Answer(words=1, gap_s=2.0, comments=3, pause_s=17.0),
+                    Answer(words=1, hidden=50, delay_s=1.0, lie="early"),
+                ),
+            ),
+            Fault(1.559, "refused", for_s=30.0),
+            Request(
+                "r0",
+                at_s=31.759,
+                stream=True,
+                max_tokens=5,
+                prompt_words=1,
+                keyed=True,
+                repeats="q0",
+                answers=(Answer(words=1),),
+            ),
+        ),
+    ),
     "a stopped worker kept the socket of a client that read nothing": History(
         1,
         "found",

@@ -3,9 +3,9 @@
 -- the same id writes nothing. An abandoned hold is settled late: the charge is the same, and there is nothing left to release.
 --
 -- The settlement of a request with an Idempotency-Key also updates the key's record: a complete answer marks it charged,
--- also one that went on without its client. So a repeat can't run and cost again even if the worker dies now. If another
--- request owns the record by now and was admitted, that request is charged and this one is not, unless that one was free. One
--- that was only claimed may still be refused: then this one is charged, and takes the record.
+-- also one that went on without its client. So a repeat can't run and cost again even if the worker dies now. If a repeat ran
+-- meanwhile, the first of the two that is settled and costs something is charged (the record's `paid`), and the other is not.
+-- A repeat that has only claimed the record may still be refused: this request takes the record from it.
 --
 -- KEYS   1 credit, 2 held, 3 holds, 4 deadlines, 5 abandoned, 6 usage, 7 account's bucket, 8 account's spend, 9 key's bucket,
 --        10 key's spend, 11 key's running, 12 hour, 13 requests of the day, 14 index of hours, 15 month, 16 marker of a
@@ -75,16 +75,20 @@ end
 -- the Idempotency-Key
 local waived = '0'
 if replay_key then
-  local owner, state, free = unpack(redis.call('HMGET', replay_key, 'owner', 'state', 'free'))
+  local owner, state, paid = unpack(redis.call('HMGET', replay_key, 'owner', 'state', 'paid'))
+  local complete = tonumber(replay_ttl_ms) > 0 and COMPLETE[outcome]
+  local runs = not state or state == 'running'
   local is_other = owner and owner ~= id
-  local claimed = is_other and state == 'running'
-    and redis.call('HEXISTS', HOLDS, owner) + redis.call('HEXISTS', ABANDONED, owner) == 0
-  local taken = is_other and state and state ~= 'failed' and not claimed and free ~= '1'
-  if taken then
-    cost, waived = '0', cost
-  elseif tonumber(replay_ttl_ms) > 0 and COMPLETE[outcome] and (not is_other or claimed) and (not state or state == 'running') then
-    redis.call('HSET', replay_key, 'owner', id, 'state', 'charged', 'charged_ms', whole(now_ms), 'free', cost == '0' and '1' or '0')
+  local claimed = is_other and runs and redis.call('HEXISTS', HOLDS, owner) + redis.call('HEXISTS', ABANDONED, owner) == 0
+  if not paid and not runs and state ~= 'failed' then paid = owner end
+  if complete and runs and (not is_other or claimed) then
+    redis.call('HSET', replay_key, 'owner', id, 'state', 'charged', 'charged_ms', whole(now_ms), 'paid', paid or '')
     redis.call('PEXPIRE', replay_key, replay_ttl_ms)
+  end
+  if paid and paid ~= '' and paid ~= id then
+    cost, waived = '0', cost
+  elseif complete and cost ~= '0' then
+    redis.call('HSET', replay_key, 'paid', id)
   end
 end
 
