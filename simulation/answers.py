@@ -17,7 +17,15 @@ from simulation.history import (
 )
 from simulation.limits import most_reserved, tokens_taken
 from simulation.provider import Call
-from simulation.reasons import BUCKET_S, DETACHED_S, changed_limits, has_lost_record, most_workers, others_of_key
+from simulation.reasons import (
+    BUCKET_S,
+    DETACHED_S,
+    has_lost_record,
+    limits_named,
+    most_workers,
+    others_of,
+    scope_of,
+)
 from simulation.record import HOP_S, RECOVERY_S, STORE, View, cut_short
 
 PROMPT_S: Final = 4 * HOP_S  # an event's way over two connections, and a renewal's to the store and back
@@ -297,25 +305,24 @@ def waits_are_told(view: View) -> Iterator[str]:
 
 def _longest_wait_s(view: View, sight: Sight, workers: int) -> float:
     """Return the longest wait that a 429 may name: until its bucket, or a worker's share of it, has what the request takes."""
-    key, message = view.history.keys[sight.request.key], str(sight.error.get("message"))
-    others = others_of_key(view, sight)
-    if "tokens per minute" in message and key.tokens_per_minute:
-        size = max(key.tokens_per_minute / workers, 1)
+    message = str(sight.error.get("message"))
+    scope = scope_of(message)
+    others, tokens = others_of(view, sight, scope), view.plan(sight, scope).tokens_per_minute
+    if "tokens per minute" in message and tokens:
+        size = max(tokens / workers, 1)
         taken = sum(max(_used(view, other), most_reserved(other), tokens_taken(view, other)[1]) for other in others)
         return max(0.0, min(most_reserved(sight), size) - (size - taken)) * 60 / size
-    limits = {
-        limit for limit in (key.requests_per_minute, *changed_limits(view, sight.request.key)) if limit is not None
-    }
-    if "requests per minute" not in message or not limits:
+    buckets = limits_named(view, sight, message)
+    if not buckets:
         return SLOT_S
-    rate = max(min(limits) / workers, 1) / 60
+    rate = min(max(bucket.limit / workers, 1) / bucket.period_s for bucket in buckets)
     if workers > 1:
         return 1 / rate  # of a bucket that has nothing left
     admitted_at = [
         max((call.at for call in view.calls.get(other.marker, ())), default=other.ended_at) for other in others
     ]
     levels = [
-        min(key.burst or limit for limit in limits)
+        min(bucket.size for bucket in buckets)
         + rate * max(0.0, sight.began_at - since)
         - sum(at >= since for at in admitted_at)
         for since in admitted_at

@@ -210,11 +210,17 @@ def ran_short(view: View, sight: Sight) -> bool:
         _cost(call, price, call.made, call.made, reported=False).most for model in models for price in model.prices
     )
     slice_nusd = max(price.of_output(LEASE_TOKENS * sight.request.n) for model in models for price in model.prices)
-    key = view.history.keys[sight.request.key]
-    others = [other for other in view.record.sights if other is not sight and other.request.key == sight.request.key]
-    spent = sum(int(event["held_nusd"]) for other in others for event in view.settled.get(other.request_id, ()))
-    budgets = [each for each in (key.budget_nusd, key.session_budget_nusd) if each is not None]
-    return (bool(left) and min(left) < most) or any(budget - spent < most + slice_nusd for budget in budgets)
+    left_of_budgets = [
+        budget
+        - sum(
+            int(event["held_nusd"])
+            for other in view.record.sights
+            if other is not sight and view.is_of(scope, sight, other)
+            for event in view.settled.get(other.request_id, ())
+        )
+        for scope, _, budget in view.budgets(sight)
+    ]
+    return (bool(left) and min(left) < most) or any(each < most + slice_nusd for each in left_of_budgets)
 
 
 def _prices(call: Call, model: Model, sight: Sight, seen: int) -> set[Price]:

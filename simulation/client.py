@@ -17,6 +17,7 @@ STALL_S: Final = 90.0  # after which a client that reads nothing gives up; the g
 SLOWLY_S: Final = 60.0  # in all; then a slow client reads on as any other
 SLOWEST_S: Final = 3.0  # between two reads of a slow client
 MOST_PARSED: Final = 256  # answers whose data and error are kept: a dozen rules ask for those of each
+LONGEST_WAIT_MS: Final = 3_600_000  # after which a client that was told to wait doesn't come again
 HALF_CLOSED_S: Final = 60.0  # that a client which has half-closed keeps its socket
 
 
@@ -130,7 +131,7 @@ class Clients:
         sight = await self._ask(request, again=False)
         wait_ms = sight.headers.get("retry-after-ms")
         is_short = sight.status == 429 or sight.error.get("code") == "provider_not_available"
-        if request.waits and is_short and wait_ms is not None:
+        if request.waits and is_short and wait_ms is not None and float(wait_ms) <= LONGEST_WAIT_MS:
             due = sight.ended_at + float(wait_ms) / 1000
             loop = asyncio.get_running_loop()
             await asyncio.sleep(max(0.0, due - loop.time()) + 1e-6)

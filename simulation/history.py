@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from msgspec import Struct
-from msgspec.structs import fields, replace
+from msgspec.structs import asdict, fields, replace
+
+from simulation.accounts import AccountPlan, KeyPlan, bounded, limited_key
 
 HEARTBEAT_S = 5.0
 HOLD_TTL_S = 20.0
@@ -427,23 +429,6 @@ class Change(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     amount: int = 0
 
 
-class KeyPlan(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
-    """A key, and what its requests may do. Budgets are nano-USD; `session_budget_nusd` is of each of its sessions.
-
-    `expires_s`: after the set-up; None: never. `models`: those that it may use; empty: all.
-    """
-
-    account: int = 0
-    requests_per_minute: int | None = None
-    burst: int | None = None
-    tokens_per_minute: int | None = None
-    max_parallel: int | None = None
-    budget_nusd: int | None = None
-    session_budget_nusd: int | None = None
-    expires_s: float | None = None
-    models: tuple[str, ...] = ()
-
-
 Step = Request | Fault | WorkerEvent | Change | Outage
 
 
@@ -451,7 +436,8 @@ class History(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     """All that happens, and to whom. `credit`: what each account is granted at the beginning, in nano-USD.
 
     `fast_path`: without it aiohttp's server takes all requests. `journal_bytes`: a journal's size at most. `kept_bytes`: an
-    answer's that is kept for repeats.
+    answer's that is kept for repeats. `accounts`: limits and budgets of the first accounts. `midnight_s`: when a day ends
+    (UTC), in seconds as `at_s`; None: at any time. `ends_month`: whether a month does then.
     """
 
     seed: int
@@ -463,7 +449,14 @@ class History(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     fast_path: bool = True
     journal_bytes: int | None = None
     kept_bytes: int | None = None
+    accounts: tuple[AccountPlan, ...] = ()
+    midnight_s: float | None = None
+    ends_month: bool = False
     steps: tuple[Step, ...] = ()
+
+    def account(self, number: int) -> AccountPlan:
+        """Return the limits and budgets of an account."""
+        return self.accounts[number] if number < len(self.accounts) else AccountPlan()
 
     @property
     def requests(self) -> list[Request]:
@@ -497,7 +490,9 @@ def draw(seed: int) -> History:
     profile = rng.choices([name for name, _, _ in PROFILES], [weight for _, weight, _ in PROFILES])[0]
     made = next(make for name, _, make in PROFILES if name == profile)(rng)
     steps = tuple(sorted(made.steps, key=lambda step: step.at_s))
-    return replace(made, seed=seed, profile=profile, steps=steps, fast_path=rng.random() > 0.15)
+    fast_path = rng.random() > 0.15
+    made = replace(made, seed=seed, profile=profile, steps=steps, fast_path=fast_path)
+    return replace(made, **asdict(bounded(rng, profile, len(made.credit), made.keys)))
 
 
 def describe(history: History) -> list[str]:
@@ -509,7 +504,13 @@ def describe(history: History) -> list[str]:
         + ("" if history.journal_bytes is None else f", journal_max_bytes = {history.journal_bytes}")
         + ("" if history.kept_bytes is None else f", idempotency.max_bytes = {history.kept_bytes}")
     ]
-    lines += [f"  account a{number}: {credit / 1e9:.9f} USD" for number, credit in enumerate(history.credit)]
+    if history.midnight_s is not None:
+        lines.append(f"  a {'month' if history.ends_month else 'day'} ends at {history.midnight_s:g}")
+    plans = [history.account(number) for number in range(len(history.credit))]
+    lines += [
+        f"  account a{number}: {credit / 1e9:.9f} USD" + (f", {_shown(plan)}" if plan != AccountPlan() else "")
+        for number, (credit, plan) in enumerate(zip(history.credit, plans, strict=True))
+    ]
     lines += [f"  key k{number}: {_shown(key)}" for number, key in enumerate(history.keys)]
     return lines + [f"  {_shown(step)}" for step in history.steps]
 
@@ -718,7 +719,7 @@ def _credit(rng: random.Random) -> History:
         rng.choice((0, 100_000, 300_000, 500_000, 1_000_000, 3_000_000, 10_000_000, 1_000_000_000))
         for _ in range(rng.randint(1, 2))
     )
-    keys = tuple(_limited_key(rng, number % len(credit)) for number in range(rng.randint(1, 3)))
+    keys = tuple(limited_key(rng, number % len(credit)) for number in range(rng.randint(1, 3)))
     requests: list[Step] = []
     for number in range(rng.randint(3, MAX_REQUESTS)):
         answer = _any_answer(rng)
@@ -770,7 +771,7 @@ def _store(rng: random.Random) -> History:
     workers, local = rng.randint(1, 2), rng.random() < 0.3
     key = KeyPlan()
     if local and rng.random() < 0.5:  # shares of a key's limits, at workers that have seen it
-        key = _limited_key(rng, 0)
+        key = limited_key(rng, 0)
         faults[0] = Fault(round(0.5 + rng.random(), 3), "gone", for_s=rng.choice((3.0, 8.0)))
         more = [_request(rng, f"m{number}", _any_answer(rng), spread=6.0) for number in range(rng.randint(2, 6))]
         requests += [replace(request, worker=rng.randint(0, 1)) for request in more]
@@ -1173,34 +1174,6 @@ def _bad_answer(rng: random.Random) -> Answer:
     end = rng.choice(("resets", "resets", "closes", "closes", "stalls", "error_event", "no_done", "ends_early"))
     return replace(
         answer, end=end, at=rng.choice((0.0, 0.001, 0.05, 0.3, 0.5, 0.8, 0.95, 0.999, round(rng.random(), 3)))
-    )
-
-
-def _limited_key(rng: random.Random, account: int) -> KeyPlan:
-    """Draw a key with a limit or a budget, or neither."""
-    which = rng.choice(
-        (
-            "none",
-            "none",
-            "requests",
-            "burst",
-            "tokens",
-            "tokens",
-            "parallel",
-            "parallel",
-            "budget",
-            "session",
-            "session",
-        )
-    )
-    return KeyPlan(
-        account,
-        requests_per_minute=rng.choice((1, 3, 60)) if which in {"requests", "burst"} else None,
-        burst=rng.choice((1, 2)) if which == "burst" else None,
-        tokens_per_minute=rng.choice((50, 300, 1000, 3000)) if which == "tokens" else None,
-        max_parallel=rng.choice((1, 2)) if which == "parallel" else None,
-        budget_nusd=rng.choice((0, 200_000, 1_000_000, 5_000_000)) if which == "budget" else None,
-        session_budget_nusd=rng.choice((300_000, 1_000_000)) if which == "session" else None,
     )
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from simulation.accounts import Limits
 from simulation.bills import allowed_charges, has_passed_deadline, is_lost, least_held, over_at, runs_on
 from simulation.books import lost_grants
 from simulation.client import Sight
@@ -14,19 +15,20 @@ from simulation.provider import Call
 from simulation.reasons import (
     WORKER_CHARACTERS,
     credit_samples,
-    is_of_session,
     known_workers,
     may_lose_hold,
     most_held,
     most_made,
 )
-from simulation.record import HOP_S, LATENCY_S, RECOVERY_S, View
+from simulation.record import HOP_S, LATENCY_S, PERIODS, RECOVERY_S, View, date_of
 
 WAY_BYTES: Final = 65_536  # under way to a client at most (docs/simulation.md)
 EVENT_BYTES: Final = 8  # of an event beside its data
 WRITTEN_S: Final = 0.5  # by which the way to a client is full sooner or later than its events tell
 CHECK_S: Final = 1.0  # how often the gateway looks whether clients take something, here
 SHORT_OF: Final = 2  # holds that an account has to have for a whole answer to go out without a cap (docs/api.md)
+PERCENTS: Final = (50, 80, 100)  # of a budget, of which an event tells (docs/ledger.md, "The usage stream")
+THRESHOLD: Final = ("which", "key", "percent", "budget_nusd", "spent_nusd")
 OUTAGES: Final = frozenset({"gone", "failover", "refused", "slow", "full"})
 
 
@@ -188,39 +190,90 @@ def imposed_cap_faults(view: View, sight: Sight, call: Call) -> Iterator[str]:
         yield f"{call.upstream} got the cap {imposed} for the stream {sight.request_id}, which has none"
     samples = [sample for other in group for sample in credit_samples(view, other)]
     left = min((sample.balance - sample.held for sample in samples), default=0)
-    key = view.history.keys[request.key]
-    budgets = [key.budget_nusd, key.session_budget_nusd if request.session else None]
-    left = min([left, *(budget - _most_spent(view, sight) for budget in budgets if budget is not None)])
+    left = min([left, *(budget - _most_spent(view, sight, scope) for scope, _, budget in view.budgets(sight))])
     if not 1 <= imposed <= MAX_OUTPUT_TOKENS or left >= SHORT_OF * most_held(view, sight):
         yield f"{call.upstream} got the cap {imposed} for {sight.request_id}, and {left} nano-USD were available"
 
 
-def _most_spent(view: View, sight: Sight) -> int:
-    """Return the most that other requests of its key or session may have spent or held when this one was admitted."""
+def _most_spent(view: View, sight: Sight, scope: str) -> int:
+    """Return the most that others of its key, session or account may have spent or held when a request was admitted."""
     return sum(
         max(view.charge(other), 0 if over_at(view, other) + LATENCY_S < sight.began_at else most_held(view, other))
         for other in view.record.sights
-        if other is not sight
-        and (other.request.key == sight.request.key or is_of_session(view, sight, other))
-        and other.began_at <= sight.ended_at
+        if other is not sight and view.is_of(scope, sight, other) and other.began_at <= sight.ended_at
     )
 
 
+class _Budget(NamedTuple):
+    """A budget: whose it is, its period, its amount, and the day or month that it is of."""
+
+    of: str
+    period: str
+    amount: int
+    date: str
+
+
 def budgets_hold(view: View) -> Iterator[str]:
-    """Check that a key, and each of its sessions, spends no more than its budget, but for what was used beyond holds."""
-    for number, key in enumerate(view.history.keys if view.is_strict else ()):
-        ours = [sight for sight in view.record.sights if sight.request.key == number]
-        sessions = {sight.request.session for sight in ours if sight.request.session}
-        scopes = [(f"k{number}", key.budget_nusd, ours)] + [
-            (f"{name} of k{number}", key.session_budget_nusd, [each for each in ours if each.request.session == name])
-            for name in sorted(sessions)
-        ]
-        for name, budget, sights in scopes:
-            events = [event for sight in sights for event in view.settled.get(sight.request_id, ())]
-            spent = sum(int(event["cost_nusd"]) for event in events)
-            beyond = sum(max(0, int(event["cost_nusd"]) - int(event["held_nusd"])) for event in events)
-            if budget is not None and spent > budget + beyond:
-                yield f"{name}: {spent} was spent of a budget of {budget}, {beyond} of it beyond holds"
+    """Check that no key, session and account spends more than its budget, but for what was used beyond holds.
+
+    A cost counts on the day, and in the month, in which it is settled. A hold counts in all that it lives in.
+    """
+    spent: Counter[_Budget] = Counter()
+    beyond: Counter[_Budget] = Counter()
+    for sight in view.record.sights if view.is_strict else ():
+        request = sight.request
+        names = {"key": f"k{request.key}", "session": f"{request.session} of k{request.key}"}
+        names["account"] = f"a{view.key(sight)}"
+        for scope, period, amount in view.budgets(sight):
+            for event in view.settled.get(sight.request_id, ()):
+                of = _Budget(names[scope], period, amount, date_of(int(event["settled_ms"]), PERIODS[period]))
+                cost, held = int(event["cost_nusd"]), int(event["held_nusd"]) if event["hold"] == "live" else 0
+                spent[of] += cost
+                beyond[of] += max(0, cost - held)
+    for of, cost in spent.items():
+        if cost > of.amount + beyond[of]:
+            yield f"{of.of}: {cost} was spent of a {of.period} budget of {of.amount}, {beyond[of]} of it beyond holds"
+
+
+def thresholds_are_told(view: View) -> Iterator[str]:
+    """Check that each settlement has the events of the shares of budgets and of credit that it passed, and no others."""
+    for number, book in view.record.books.items():
+        spent: Counter[tuple[str, str, str]] = Counter()
+        balance = topped = 0
+        told: list[tuple[str, ...]] = []
+        for event in book.events:
+            if event["event"] == "threshold":
+                told.append(tuple(event[name] for name in THRESHOLD))
+            elif event["event"] == "grant":
+                balance += int(event["amount_nusd"])
+                topped = balance if int(event["amount_nusd"]) > 0 else topped
+            elif event["event"] == "settled" and event["cost_nusd"] != "0":
+                cost = int(event["cost_nusd"])
+                balance -= cost
+                expected: list[tuple[str, ...]] = []
+                plans: dict[str, Limits] = {"account": view.history.account(number)}
+                if event["key"] in view.record.key_ids:
+                    plans = {"key": view.history.keys[view.record.key_ids.index(event["key"])], **plans}
+                for period, form in PERIODS.items():
+                    for scope, plan in plans.items():
+                        key = event["key"] if scope == "key" else ""
+                        of = (f"{scope} {period} budget", key, date_of(int(event["settled_ms"]), form))
+                        spent[of] += cost
+                        expected += _passed(*of[:2], plan.budgets.get(period, 0), spent[of], cost)
+                expected += _passed("credit", "", topped, topped - balance, cost)
+                if told != expected:
+                    yield f"a{number}: {event['request_id']} told of {told}, and {expected} would be right"
+                told = []
+        if told:
+            yield f"a{number}: {told} was told of nothing that was settled"
+
+
+def _passed(which: str, key: str, budget: int, spent: int, cost: int) -> Iterator[tuple[str, ...]]:
+    """Return the events of the shares of a budget that a cost has passed."""
+    for percent in PERCENTS:
+        mark = -(-budget * percent // 100)
+        if budget > 0 and spent - cost < mark <= spent:
+            yield which, key, str(percent), str(budget), str(spent)
 
 
 def holds_are_needed(view: View) -> Iterator[str]:

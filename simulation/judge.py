@@ -44,6 +44,7 @@ from simulation.holds import (
     holds_are_needed,
     imposed_cap_faults,
     renewals_raise,
+    thresholds_are_told,
 )
 from simulation.limits import buckets_are_right, limits_hold
 from simulation.provider import Call
@@ -455,6 +456,7 @@ RULES: Final[tuple[Rule, ...]] = (
     buckets_are_right,
     credit_is_not_overdrawn,
     budgets_hold,
+    thresholds_are_told,
     failover_happens,
     breakers_hold,
     repeats_agree,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, NamedTuple
 
+from simulation.accounts import DAY_S, MINUTE_S, AccountPlan, Bucket, Limits
 from simulation.bills import BYTES_A_TOKEN, TOKENS_OF_FRAMES, TOOL_NAME_TOKENS, estimates, least_held, over_at
 from simulation.client import Sight
 from simulation.history import DEFAULT_OUTPUT_TOKENS, LEASE_TOKENS, MAX_OUTPUT_TOKENS, TURNS
@@ -29,101 +30,122 @@ DEFAULT_REQUESTS, DEFAULT_TOKENS = (
 REFUSED: Final = frozenset({401, 402, 403, 404, 409, 422, 429})  # by the gateway, before a request takes anything
 
 
+class Owner(NamedTuple):
+    """A key or an account, and its limits."""
+
+    scope: str
+    number: int
+    plan: Limits
+
+    @property
+    def name(self) -> str:
+        """Its name, as histories have it."""
+        return f"{self.scope[0]}{self.number}"
+
+    def has(self, view: View, sight: Sight) -> bool:
+        """Whether a request is its own."""
+        return self.number == (sight.request.key if self.scope == "key" else view.key(sight))
+
+    def buckets(self, view: View) -> list[Bucket]:
+        """Return its buckets of requests that have a limit, each as it was at its largest."""
+        buckets = [bucket for bucket in self.plan.buckets() if bucket.kind == "requests"]
+        if self.scope == "account" or self.plan.requests_per_minute is None:
+            return buckets
+        limit = max(self.plan.requests_per_minute, *changed_limits(view, self.number), 0)
+        return [
+            Bucket("requests", limit, self.plan.burst or limit),
+            *(each for each in buckets if each.period_s == DAY_S),
+        ]
+
+
+def owners(view: View) -> list[Owner]:
+    """Return all keys, and the accounts that have a limit."""
+    accounts = [Owner("account", number, plan) for number, plan in enumerate(view.history.accounts)]
+    keys = [Owner("key", number, plan) for number, plan in enumerate(view.history.keys)]
+    return [*keys, *(owner for owner in accounts if owner.plan != AccountPlan())]
+
+
 def limits_hold(view: View) -> Iterator[str]:
-    """No more requests are admitted than a key's bucket and its slots allow."""
+    """No more requests are admitted than the buckets and the slots of a key, and of an account, allow."""
     if not view.is_strict:
         yield from _shares_passed(view)
         return
-    for number, key in enumerate(view.history.keys):
+    for owner in owners(view):
         ran = [
             sight
             for sight in view.record.sights
-            if sight.request.key == number
+            if owner.has(view, sight)
             and view.settled.get(sight.request_id)
             and sight.ended_at < view.first_jump - LATENCY_S  # by a clock that is known
             and not any(each.loses(sight.began_at, _admitted_by(view, sight)) for each in view.record.troubles)
         ]
-        limits = _limits_of(view, number)
-        if all(limit is not None for limit in limits):
-            rate = max(limit for limit in limits if limit is not None) / 60
-            size = key.burst or rate * 60
-            ordered = sorted(ran, key=lambda sight: sight.began_at)
-            for first in range(len(ordered)):
-                for last in range(first, len(ordered)):
-                    ends = min(
-                        max(sight.ended_at for sight in ordered[first : last + 1]),
-                        ordered[last].began_at + LATENCY_S * 10,
-                    )
-                    if last - first + 1 > size + (ends - ordered[first].began_at) * rate + 1e-6:
-                        yield (
-                            f"k{number}: {last - first + 1} requests of {size:g} and {rate:g}/s from"
-                            f" {ordered[first].request_id} to {ordered[last].request_id}"
-                        )
-                        return
-        if key.max_parallel is not None:
-            yield from _slots_taken(view, number, key.max_parallel)
+        for bucket in owner.buckets(view):
+            yield from itertools.islice(_too_many(owner, bucket, ran), 1)
+        if owner.plan.max_parallel is not None:
+            yield from _slots_taken(view, owner, owner.plan.max_parallel)
+
+
+def _too_many(owner: Owner, bucket: Bucket, ran: Iterable[Sight]) -> Iterator[str]:
+    """Find requests that a bucket can't have had."""
+    ordered = sorted(ran, key=lambda sight: sight.began_at)
+    for first, last in itertools.combinations_with_replacement(range(len(ordered)), 2):
+        ends = min(
+            max(sight.ended_at for sight in ordered[first : last + 1]),
+            ordered[last].began_at + LATENCY_S * 10,
+        )
+        if last - first + 1 > bucket.size + (ends - ordered[first].began_at) * bucket.rate + 1e-6:
+            yield (
+                f"{owner.name}: {last - first + 1} requests of {bucket.size:g} and {bucket.rate:g}/s from"
+                f" {ordered[first].request_id} to {ordered[last].request_id}"
+            )
 
 
 def _shares_passed(view: View) -> Iterator[str]:
-    """Find a worker that admitted more requests of a key in an outage than its share of the bucket, or of the slots.
+    """Find a worker that admitted more requests in an outage than its share of a bucket, or of the slots.
 
     The share is by how many workers it knew, and at least one (docs/ledger.md). No admission by the store renews it meanwhile.
     """
     for trouble in view.record.troubles:
         if trouble.what not in {"gone", "refused", "full"} or view.clock_jumps:
             continue
-        admitted: dict[tuple[str, int], list[Sight]] = {}
+        admitted: dict[str, list[Sight]] = {}
         for sight in sorted(view.record.sights, key=lambda sight: sight.began_at):
             if trouble.start <= sight.began_at and _admitted_by(view, sight) <= trouble.end - RECOVERY_S:
                 for event in view.settled.get(sight.request_id, ()):
                     if event["hold"] == "none" and not may_lose_hold(view, sight):
-                        admitted.setdefault((event["hold_id"][:WORKER_CHARACTERS], sight.request.key), []).append(sight)
-        for (worker, number), sights in admitted.items():
-            known = known_workers(view, worker, sights[-1].began_at)
-            key, limits = view.history.keys[number], _limits_of(view, number)
-            if None not in limits:
-                limit = max(each for each in limits if each is not None)
-                size, rate = max((key.burst or limit) / known, 1.0), max(limit / known, 1.0) / 60
-                for first, last in itertools.combinations_with_replacement(range(len(sights)), 2):
-                    took_s = _admitted_by(view, sights[last]) - sights[first].began_at
-                    if last - first + 1 > size + took_s * rate + 1e-6:
-                        yield f"k{number}: {worker} admitted {last - first + 1} requests in {took_s:.1f} s of a share of {size:g}"
-                        return
-            if key.tokens_per_minute is not None:
-                size = max(key.tokens_per_minute / known, 1.0)
-                for first, last in itertools.combinations(range(len(sights)), 2):
-                    took_s = _admitted_by(view, sights[last]) - sights[first].began_at
-                    *before, own = (tokens_taken(view, sight)[0] for sight in sights[first : last + 1])
-                    if sum(before) + min(own, size) > size + took_s * size / 60 + 1e-6:  # none for more than it has
-                        tokens = f"{sum(before)} tokens and {own}"
-                        yield f"k{number}: {worker} admitted {tokens} in {took_s:.1f} s of a share of {size:g}"
-                        return
-            if key.max_parallel is not None:
-                share = min(key.max_parallel, max(key.max_parallel // known, 1))
-                calls = [call for sight in sights for call in view.own_calls(sight)]
-                for call in calls:
-                    open_ = {other.marker for other in calls if other.at <= call.at < other.ended_at - LATENCY_S / 2}
-                    if len(open_) > share:
-                        yield f"k{number}: {len(open_)} requests run at once at {worker}, and {share} may"
-                        return
+                        admitted.setdefault(event["hold_id"][:WORKER_CHARACTERS], []).append(sight)
+        for (worker, of_worker), owner in itertools.product(admitted.items(), owners(view)):
+            sights = [sight for sight in of_worker if owner.has(view, sight)]
+            if sights:
+                known = known_workers(view, worker, sights[-1].began_at)
+                yield from itertools.islice(_beyond_share(view, owner, worker, sights, known), 1)
 
 
-def _limits_of(view: View, number: int) -> list[int | None]:
-    """Return the requests a minute that a key had at some time."""
-    return [view.history.keys[number].requests_per_minute, *changed_limits(view, number)]
-
-
-class Bucket(NamedTuple):
-    """A key's bucket of requests or of tokens: what it regains a minute, and what it has when it is full."""
-
-    kind: str
-    limit: float
-    size: float
-
-    def told_s(self, level: float) -> float:
-        """Return the reset that is told at a level: the time until it is full, in whole ms, or in whole seconds from 1 s on."""
-        millis = math.ceil(round((self.size - level) * 60_000 / self.limit, 3))
-        return millis / 1000 if millis < 1000 else math.ceil(millis / 1000)
+def _beyond_share(view: View, owner: Owner, worker: str, sights: list[Sight], known: int) -> Iterator[str]:
+    """Find requests of a key or an account that a worker admitted beyond its share, where it knew so many workers."""
+    for bucket in owner.buckets(view):
+        size, rate = max(bucket.size / known, 1.0), max(bucket.limit / known, 1.0) / bucket.period_s
+        for first, last in itertools.combinations_with_replacement(range(len(sights)), 2):
+            took_s = _admitted_by(view, sights[last]) - sights[first].began_at
+            if last - first + 1 > size + took_s * rate + 1e-6:
+                yield f"{owner.name}: {worker} admitted {last - first + 1} requests in {took_s:.1f} s of a share of {size:g}"
+    for bucket in owner.plan.buckets():
+        size = max(bucket.size / known, 1.0)
+        for first, last in itertools.combinations(range(len(sights)), 2) if bucket.kind == "tokens" else ():
+            took_s = _admitted_by(view, sights[last]) - sights[first].began_at
+            *before, own = (tokens_taken(view, sight)[0] for sight in sights[first : last + 1])
+            if (
+                sum(before) + min(own, size) > size + took_s * size / bucket.period_s + 1e-6
+            ):  # none for more than it has
+                tokens = f"{sum(before)} tokens and {own}"
+                yield f"{owner.name}: {worker} admitted {tokens} in {took_s:.1f} s of a share of {size:g}"
+    if owner.plan.max_parallel is not None:
+        share = min(owner.plan.max_parallel, max(owner.plan.max_parallel // known, 1))
+        calls = [call for sight in sights for call in view.own_calls(sight)]
+        for call in calls:
+            open_ = {other.marker for other in calls if other.at <= call.at < other.ended_at - LATENCY_S / 2}
+            if len(open_) > share:
+                yield f"{owner.name}: {len(open_)} requests run at once at {worker}, and {share} may"
 
 
 class Taken(NamedTuple):
@@ -147,56 +169,93 @@ NOTHING: Final = Taken(0.0, 0.0, 0, 0, 0, math.inf)
 
 
 def buckets_are_right(view: View) -> Iterator[str]:
-    """Check what an answer's `x-ratelimit-*` say of its key's buckets.
+    """Check what an answer's `x-ratelimit-*` say of the buckets of its key and its account: of the tightest of each kind.
 
     A bucket of requests is debited at admission, one of tokens by estimate then, and made right at settlement, up and
     down. Both are full again when their reset says so.
     """
-    for number, key in enumerate(view.history.keys):
-        ours = [sight for sight in view.record.sights if sight.request.key == number]
-        requests = key.requests_per_minute or DEFAULT_REQUESTS
-        tokens = key.tokens_per_minute or DEFAULT_TOKENS
-        for bucket in (Bucket("requests", requests, key.burst or requests), Bucket("tokens", tokens, tokens)):
-            taken = {sight.request_id: _taken(view, sight, bucket.kind) for sight in ours if _may_take(sight)}
-            for sight in ours:
-                if "idempotent-replayed" not in sight.headers:
-                    yield from _bucket_faults(view, sight, bucket, taken)
+    own: list[tuple[Owner, Bucket, dict[str, Taken]]] = []
+    for owner in owners(view):
+        defaults = (DEFAULT_REQUESTS, DEFAULT_TOKENS) if owner.scope == "key" else ()
+        sights = [sight for sight in view.record.sights if owner.has(view, sight) and _may_take(sight)]
+        own += [
+            (owner, bucket, {sight.request_id: _taken(view, sight, bucket.kind) for sight in sights})
+            for bucket in owner.plan.buckets(*defaults)
+        ]
+    for sight in view.record.sights:
+        if "idempotent-replayed" not in sight.headers:
+            for kind in ("requests", "tokens"):
+                buckets = [each for each in own if each[1].kind == kind and each[0].has(view, sight)]
+                yield from _head_faults(view, sight, kind, buckets)
 
 
-def _bucket_faults(view: View, sight: Sight, bucket: Bucket, taken: Mapping[str, Taken]) -> Iterator[str]:
-    """Find what an answer's head says wrong of a bucket."""
-    limit, remaining, reset = (
-        sight.headers.get(f"x-ratelimit-{name}-{bucket.kind}") for name in ("limit", "remaining", "reset")
-    )
+def _head_faults(
+    view: View, sight: Sight, kind: str, buckets: list[tuple[Owner, Bucket, dict[str, Taken]]]
+) -> Iterator[str]:
+    """Find what an answer's head says wrong of its buckets of a kind: it is right for one, and no other has surely less."""
+    told = [sight.headers.get(f"x-ratelimit-{name}-{kind}") for name in ("limit", "remaining", "reset")]
+    limit, remaining, reset = told
     if limit is None or remaining is None or reset is None:
         if sight.status == 200 and "x-mesh-model" in sight.headers:
-            yield f"{sight.request_id}: its bucket of {bucket.kind} is {remaining} of {limit}, full in {reset}"
+            yield f"{sight.request_id}: its bucket of {kind} is {remaining} of {limit}, full in {reset}"
         return
-    changes = _changes_by(view, sight) if bucket.kind == "requests" else set()
+    head = Head(limit, int(remaining), reset)
+    faults = [next(_bucket_faults(view, sight, each, head), None) for each in buckets]
+    if all(faults):
+        yield str(faults[0])
+    elif not most_workers(view, sight):
+        for owner, bucket, taken in (each for each, fault in zip(buckets, faults, strict=True) if fault):
+            _, most = _levels(view, sight, bucket, taken)
+            changed = owner.scope == "key" and kind == "requests" and _changes_by(view, sight)
+            if max(0, math.floor(most)) < head.remaining and not changed:
+                tighter = f"{owner.name} has {most:.1f} of {bucket.limit:g}"
+                yield f"{sight.request_id}: {remaining} of {limit} {kind} remain, and {tighter}"
+
+
+class Head(NamedTuple):
+    """What an answer's head says of a bucket."""
+
+    limit: str
+    remaining: int
+    reset: str
+
+
+def _bucket_faults(
+    view: View, sight: Sight, of: tuple[Owner, Bucket, Mapping[str, Taken]], head: Head
+) -> Iterator[str]:
+    """Find what is wrong with an answer's head if it is about this bucket."""
+    owner, bucket, taken = of
+    limit, remaining, reset = head
+    changes = _changes_by(view, sight) if owner.scope == "key" and bucket[::3] == ("requests", MINUTE_S) else set()
     if limit != str(bucket.limit):
         if limit not in changes:
             yield f"{sight.request_id} has a limit of {limit} {bucket.kind}, and {bucket.limit} would be right"
             return
-        bucket = bucket._replace(limit=int(limit), size=view.history.keys[sight.request.key].burst or int(limit))
+        bucket = bucket._replace(limit=int(limit), size=owner.plan.burst or int(limit))
     shares, reset_s = most_workers(view, sight), seconds(reset)
     if shares:
-        if not any(_is_share(bucket, workers, int(remaining), reset_s) for workers in range(1, shares + 1)):
+        if not any(_is_share(bucket, workers, remaining, reset_s) for workers in range(1, shares + 1)):
             yield f"{sight.request_id}: {remaining} of {limit} {bucket.kind}, full in {reset}, is no share of {shares} workers"
         return
-    least, most = -math.inf, float(bucket.size)
-    if not changes and not _is_unknown(view, sight):
-        others = [other for name, other in taken.items() if name != sight.request_id]
-        own = taken.get(sight.request_id, NOTHING)
-        began_at, until = sight.began_at, _admitted_by(view, sight)
-        most = level_at_most(bucket, others, began_at, until) - own.least
-        least = level_at_least(bucket, others, began_at, until) - own.most - bucket.limit * CLOCK_S // 60
-    if not least - 1 < int(remaining) <= max(0, most):
+    least, most = (-math.inf, float(bucket.size)) if changes else _levels(view, sight, bucket, taken)
+    if not least - 1 < remaining <= max(0, most):
         yield f"{sight.request_id}: {remaining} of {limit} {bucket.kind} remain, and {least:.1f} to {most:.1f} may"
         return
-    low = max(least, int(remaining)) if int(remaining) or bucket.kind == "requests" else least  # tokens may be owed
-    high = min(most, int(remaining) + 1)
+    low = max(least, remaining) if remaining or bucket.kind == "requests" else least  # tokens may be owed
+    high = min(most, remaining + 1)
     if not bucket.told_s(high) - CLOCK_S <= reset_s <= (math.inf if low == -math.inf else bucket.told_s(low)):
         yield f"{sight.request_id}: {bucket.kind} are to be full in {reset}, with {remaining} of {limit} and {low} to {high}"
+
+
+def _levels(view: View, sight: Sight, bucket: Bucket, taken: Mapping[str, Taken]) -> tuple[float, float]:
+    """Return the least and the most that a bucket may have after a request's admission."""
+    if _is_unknown(view, sight):
+        return -math.inf, float(bucket.size)
+    others = [other for name, other in taken.items() if name != sight.request_id]
+    own = taken.get(sight.request_id, NOTHING)
+    began_at, until = sight.began_at, _admitted_by(view, sight)
+    most = level_at_most(bucket, others, began_at, until) - own.least
+    return level_at_least(bucket, others, began_at, until) - own.most - bucket.limit * CLOCK_S // bucket.period_s, most
 
 
 def _is_share(bucket: Bucket, workers: int, remaining: int, reset_s: float) -> bool:
@@ -256,7 +315,7 @@ def level_at_least(bucket: Bucket, others: Iterable[Taken], began_at: float, unt
 
 def _level(bucket: Bucket, steps: list[tuple[float, int]], at: float) -> float:
     """Return what a bucket has at a time, full at first, after changes at other times."""
-    size, rate = bucket.size, bucket.limit / 60
+    size, rate = bucket.size, bucket.rate
     level, last = float(size), -math.inf
     for when, change in sorted(steps):
         level = min(size, min(size, level + (when - last) * rate) + change)
@@ -328,15 +387,11 @@ def most_reserved(sight: Sight) -> int:
     return prompt + (sight.request.max_tokens or DEFAULT_OUTPUT_TOKENS) * sight.request.n
 
 
-def _slots_taken(view: View, number: int, most: int) -> Iterator[str]:
-    plans = {sight.marker: sight.request for sight in view.record.sights}
-    calls = [
-        call
-        for call in view.record.calls
-        if call.marker in plans and plans[call.marker].key == number and call.ended_at - call.at > LATENCY_S
-    ]
+def _slots_taken(view: View, owner: Owner, most: int) -> Iterator[str]:
+    markers = {sight.marker for sight in view.record.sights if owner.has(view, sight)}
+    calls = [call for call in view.record.calls if call.marker in markers and call.ended_at - call.at > LATENCY_S]
     for call in calls:
         open_ = {other.marker for other in calls if other.at <= call.at < other.ended_at - LATENCY_S / 2}
         if len(open_) > most and {trouble.what for trouble in view.record.troubles} <= {"killed"}:
-            yield f"k{number}: {len(open_)} requests run at once, and {most} may"
+            yield f"{owner.name}: {len(open_)} requests run at once, and {most} may"
             return

@@ -1285,6 +1285,49 @@ PLANTED: Final = [
         "covered = min(self._used + self._slice, self._cap)",
         "covered = min(self._used + 2 * self._slice, self._cap)",
     ),
+    # Budgets and limits of an account, and of a day.
+    Planted(
+        "an admission doesn't look at an account's budgets",
+        LUA + "admit.lua",
+        "{ budget_room(ACCOUNT_SPEND, held, 25, settled) }",
+        "{ NO_BUDGET, 0, 0, 0 }",
+    ),
+    Planted(
+        "a day ends an hour after midnight",
+        LUA + "calendar.lua",
+        "civil(math.floor(now_ms / 86400000))",
+        "civil(math.floor((now_ms - 3600000) / 86400000))",
+    ),
+    Planted(
+        "a day's budget counts the month",
+        LUA + "spend.lua",
+        "'total', 'day:' .. day, 'month:' .. month)",
+        "'total', 'month:' .. month, 'month:' .. month)",
+    ),
+    Planted(
+        "an account's requests in parallel aren't counted",
+        LUA + "admit.lua",
+        "  return ACCOUNT_MAX_PARALLEL >= 0 and",
+        "  return ACCOUNT_MAX_PARALLEL >= 99 and",
+    ),
+    Planted(
+        "an account's buckets aren't debited",
+        LUA + "admit.lua",
+        "save(ACCOUNT_BUCKET, account_requests, account_tokens, account_daily)",
+        "",
+    ),
+    Planted(
+        "x-ratelimit is of the fuller of two buckets",
+        "gateway/admit.py",
+        "bucket.remaining < other.remaining",
+        "bucket.remaining > other.remaining",
+    ),
+    Planted(
+        "a settlement tells of a threshold again",
+        LUA + "spend.lua",
+        "spent >= mark and spent - cost < mark",
+        "spent >= mark",
+    ),
     # Without the store.
     Planted(
         "a worker enforces half of its share",
@@ -1361,8 +1404,8 @@ PLANTED: Final = [
     Planted(
         "an allowance that is short is told as a limit",
         "ledger/local.py",
-        'Denial("insufficient_credits", "credit", max(available, 0),',
-        'Denial("rate_limit", "account tokens", max(available, 0),',
+        'Denial("insufficient_credits", "credit", available,',
+        'Denial("rate_limit", "account tokens", available,',
     ),
     Planted(
         "the allowance isn't refilled when Redis has charged",

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
+from simulation.accounts import DAY_S, Bucket
 from simulation.bills import (
     TIMER_S,
     TOOL_NAME_TOKENS,
@@ -46,6 +47,10 @@ WORKER_CHARACTERS: Final = 12  # that the ids of a worker's holds begin with
 TEMPLATE_TOKENS: Final = 60  # that a template adds to a prompt at most
 REFUSALS: Final = frozenset({"request", "model"})  # what a provider may refuse, and not the gateway
 USD: Final = r"(-?[0-9]+\.[0-9]+)"
+BUDGET: Final = re.compile(
+    rf"The (key|session|account) (total|daily|monthly) budget of {USD} USD leaves too little:"
+    rf" {USD} USD spent or held, {USD} USD needed"
+)
 
 
 def statuses_have_reasons(view: View) -> Iterator[str]:
@@ -204,26 +209,24 @@ def least_needed(view: View, sight: Sight) -> int:
 
 
 def _over_budget(view: View, sight: Sight, message: str) -> bool:
-    told = re.search(rf"budget of {USD} USD leaves too little: {USD} USD spent or held, {USD} USD needed", message)
-    of_session = "session" in message.partition(" budget of")[0]
-    budget = _session_budget(view, sight) if of_session else view.history.keys[sight.request.key].budget_nusd
-    if told is None or budget is None:
-        return sight.is_stream and budget is not None
+    told = BUDGET.search(message)
+    if told is None:
+        return sight.is_stream and bool(view.budgets(sight))
+    scope, period, budget = told[1], told[2], nusd(told[3])
+    if (scope, period, budget) not in view.budgets(sight):
+        return False
     made = most_made(view, sight) if sight.is_stream else 0
     most_spent = sum(
         max(
-            view.charge(other),
+            view.charge_of(other, period, sight),
             most_held(view, other, most_made(view, other)) if _may_be_held(view, sight, other) else 0,
         )
         for other in view.record.sights
-        if other is not sight
-        and (is_of_session(view, sight, other) if of_session else _is_of_key(sight, other))
-        and other.began_at <= sight.ended_at
+        if other is not sight and view.is_of(scope, sight, other) and other.began_at <= sight.ended_at
     )
-    spent, needed = nusd(told[2]), nusd(told[3])
+    spent, needed = nusd(told[4]), nusd(told[5])
     return (
-        nusd(told[1]) == budget
-        and spent + needed > budget
+        spent + needed > budget
         and spent <= most_spent + (most_held(view, sight, made) if made else 0)
         and needed <= most_held(view, sight, made)
     )
@@ -257,21 +260,6 @@ def _most_renewed(view: View, sight: Sight) -> int:
     return most_held(view, sight, most_made(view, sight)) - min(held, default=0)
 
 
-def _session_budget(view: View, sight: Sight) -> int | None:
-    """Return the budget of a request's session, if its key gives sessions one."""
-    return view.history.keys[sight.request.key].session_budget_nusd if sight.request.session else None
-
-
-def is_of_session(view: View, sight: Sight, other: Sight) -> bool:
-    """Whether another request spends from the same session's budget: the sessions of an account's keys are one by name."""
-    return view.key(other) == view.key(sight) and other.request.session == sight.request.session
-
-
-def _is_of_key(sight: Sight, other: Sight) -> bool:
-    """Whether another request spends from the same key's budget."""
-    return other.request.key == sight.request.key
-
-
 def most_held(view: View, sight: Sight, made: int = 0) -> int:
     """Return the most that one request may hold: its prompt by the coarsest estimate, and its output.
 
@@ -295,13 +283,35 @@ def credit_samples(view: View, sight: Sight, since: float = -math.inf) -> list[S
     return before + [sample for sample in within if sample.at >= began_at]
 
 
-def others_of_key(view: View, sight: Sight) -> list[Sight]:
-    """Return the other requests of a request's key that began before it ended."""
+def scope_of(message: str) -> str:
+    """Return whose limit the message of a 429 names: the key's or the account's."""
+    return "account" if ": account " in message else "key"
+
+
+def others_of(view: View, sight: Sight, scope: str) -> list[Sight]:
+    """Return the other requests of a request's key or account that began before it ended."""
     return [
         other
         for other in view.record.sights
-        if other is not sight and other.request.key == sight.request.key and other.began_at <= sight.ended_at
+        if other is not sight and view.is_of(scope, sight, other) and other.began_at <= sight.ended_at
     ]
+
+
+def limits_named(view: View, sight: Sight, message: str) -> list[Bucket]:
+    """Return the buckets of requests that the message of a 429 may name: the key's limit may have been changed."""
+    scope = scope_of(message)
+    plan = view.plan(sight, scope)
+    if "requests per day" in message:
+        return (
+            []
+            if plan.requests_per_day is None
+            else [Bucket("requests", plan.requests_per_day, plan.requests_per_day, DAY_S)]
+        )
+    if "requests per minute" not in message:
+        return []
+    changed = changed_limits(view, sight.request.key) if scope == "key" else []
+    limits = [limit for limit in (plan.requests_per_minute, *changed) if limit is not None]
+    return [Bucket("requests", limit, plan.burst or limit) for limit in limits]
 
 
 def _left_behind_s(view: View, sight: Sight) -> float:
@@ -311,10 +321,12 @@ def _left_behind_s(view: View, sight: Sight) -> float:
 
 def _limited(view: View, sight: Sight) -> bool:
     """Whether a limit that its message names was reached."""
-    key, message = view.history.keys[sight.request.key], str(sight.error.get("message"))
+    message = str(sight.error.get("message"))
+    scope = scope_of(message)
+    plan = view.plan(sight, scope)
     if _is_surely_short(view, sight):
         return False
-    others = others_of_key(view, sight)
+    others = others_of(view, sight, scope)
     counted = [
         other
         for other in others
@@ -343,22 +355,14 @@ def _limited(view: View, sight: Sight) -> bool:
                 )
             )
         ]
-        return key.max_parallel is not None and len(open_) >= max(key.max_parallel // share, 1)
-    if "requests per minute" in message:
-        limits = [
-            key.requests_per_minute,
-            *(
-                done.amount
-                for done in view.record.changes
-                if done.what == "requests_per_minute" and done.key == sight.request.key
-            ),
-        ]
-        sizes = [key.burst or limit for limit in limits if limit is not None]
+        return plan.max_parallel is not None and len(open_) >= max(plan.max_parallel // share, 1)
+    if "requests per" in message:
+        sizes = [bucket.size for bucket in limits_named(view, sight, message)]
         return bool(sizes) and len(counted) >= max(min(sizes) // share, 1)
     if "tokens per minute" in message:
         tokens = sum(len(other.body) // 2 + 50 + MAX_OUTPUT_TOKENS * 2 for other in counted)
         own = len(sight.body) // 2 + 50 + (sight.request.max_tokens or DEFAULT_OUTPUT_TOKENS) * sight.request.n
-        return key.tokens_per_minute is not None and bool(counted) and tokens + own > key.tokens_per_minute // share
+        return plan.tokens_per_minute is not None and bool(counted) and tokens + own > plan.tokens_per_minute // share
     return False
 
 
@@ -590,12 +594,13 @@ def waits_are_true(view: View) -> Iterator[str]:
         if not sight.again:
             continue
         first = next(other for other in view.record.sights if other.request is sight.request and not other.again)
-        counts_tokens = "tokens" in str(sight.error.get("message"))
+        message = str(sight.error.get("message"))
+        counts_tokens, scope = "tokens" in message, scope_of(message)
         calls = [call for call in view.record.calls if call.at <= sight.ended_at + ASKED_S]
         between = [
             call
             for other in view.record.sights
-            if other is not first and other is not sight and other.request.key == sight.request.key
+            if other is not first and other is not sight and view.is_of(scope, sight, other)
             for call in view.calls.get(other.marker, ())
             if other.began_at <= sight.ended_at
             # admitted since, or settled since, which may take more tokens
@@ -610,13 +615,13 @@ def waits_are_true(view: View) -> Iterator[str]:
         )
         if (
             sight.status == 429
-            and "parallel" not in str(sight.error.get("message"))
+            and "parallel" not in message
             and not between
             and not changed
             and not view.feels(sight, *STORE, before_s=BUCKET_S)
         ):
             waited_ms = first.headers["retry-after-ms"]
-            yield f"{sight.request_id} waited {waited_ms} ms, and got 429 again: {sight.error.get('message')}"
+            yield f"{sight.request_id} waited {waited_ms} ms, and got 429 again: {message}"
         probes = [call for call in calls if call.ended_at > first.began_at - ASKED_S]
         if is_failing(sight) and is_failing(first) and not probes:
             yield f"{sight.request_id} waited {first.headers['retry-after-ms']} ms, and its providers are still failing"

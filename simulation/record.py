@@ -5,10 +5,12 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 from msgspec import Struct
 
+from simulation.accounts import Limits
 from simulation.client import Sight, trace_of
 from simulation.history import DRAIN_S, History, Model, Request
 from simulation.provider import Call
@@ -18,6 +20,7 @@ HOP_S: Final = 0.1  # that a packet is under way at most (0.08), with the turns 
 LATENCY_S: Final = 1.0  # of the simulated wires, turns and the gateway's own timers
 LAG_S: Final = 1.0  # of the store's replica: what a failover loses
 RECOVERY_S: Final = 5.0  # after a fault of the store or a disk: until it is found again, and a journal replayed
+PERIODS: Final = {"total": "", "daily": "%Y-%m-%d", "monthly": "%Y-%m"}  # of budgets, by what all of one have in common
 STORE: Final = ("lost_reply", "refused", "slow", "gone", "failover", "clock", "full")  # what can befall the store
 
 
@@ -279,8 +282,42 @@ class View:
         """Return the number of the account of a request."""
         return self.history.keys[sight.request.key].account
 
+    def plan(self, sight: Sight, scope: str) -> Limits:
+        """Return the limits and budgets of a request's key or account, by that word."""
+        return self.history.account(self.key(sight)) if scope == "account" else self.history.keys[sight.request.key]
+
+    def is_of(self, scope: str, sight: Sight, other: Sight) -> bool:
+        """Whether another request is of the same key, session or account: an account's keys share its sessions' names."""
+        if scope == "key":
+            return other.request.key == sight.request.key
+        is_same = self.key(other) == self.key(sight)
+        return is_same and (scope == "account" or other.request.session == sight.request.session)
+
+    def budgets(self, sight: Sight) -> list[tuple[str, str, int]]:
+        """Return the budgets that a request spends from: each's scope, its period and its amount."""
+        key = self.history.keys[sight.request.key]
+        found = [("key", period, budget) for period, budget in key.budgets.items()]
+        if sight.request.session and key.session_budget_nusd is not None:
+            found.append(("session", "total", key.session_budget_nusd))
+        return found + [("account", *budget) for budget in self.plan(sight, "account").budgets.items()]
+
+    def charge_of(self, sight: Sight, period: str, beside: Sight) -> int:
+        """Return what a request was charged in the days or months of another one, for a budget of this period."""
+        times = ((at + self.record.store_offset_s) * 1000 for at in (beside.began_at, beside.ended_at))
+        periods = {date_of(at_ms, PERIODS[period]) for at_ms in times}
+        return sum(
+            int(event["cost_nusd"])
+            for event in self.settled.get(sight.request_id, ())
+            if self.clock_jumps or date_of(int(event["settled_ms"]), PERIODS[period]) in periods
+        )
+
 
 Rule = Callable[[View], Iterator[str]]
+
+
+def date_of(unix_ms: float, form: str) -> str:
+    """Return a Unix time in ms as a date (UTC) of a form; empty for an empty one."""
+    return datetime.fromtimestamp(unix_ms / 1000, UTC).strftime(form)
 
 
 def marker_of(seed: int, request: Request) -> str:

@@ -7,7 +7,8 @@ from typing import Any, Final
 from msgspec import Struct
 from msgspec.structs import fields, replace
 
-from simulation.history import Answer, History, KeyPlan, Request, Step
+from simulation.accounts import AccountPlan, KeyPlan
+from simulation.history import Answer, History, Request, Step
 
 MAX_PLAYS: Final = 600
 KEPT: Final = frozenset({"seed", "profile", "name", "what", "at_s", "repeats", "other_body", "credit"})
@@ -47,7 +48,9 @@ def _smaller(history: History) -> Iterator[History]:
         yield replace(history, steps=steps[:at] + steps[at + 1 :])
     if history.workers > 1:
         yield replace(history, workers=1)
-    for name, usual in (("local", False), ("fast_path", True), ("journal_bytes", None), ("kept_bytes", None)):
+    usual_ones: dict[str, Any] = {"local": False, "fast_path": True, "journal_bytes": None, "kept_bytes": None}
+    usual_ones |= {"midnight_s": None, "ends_month": False, "accounts": ()}
+    for name, usual in usual_ones.items():
         if getattr(history, name) != usual:
             yield replace(history, **{name: usual})
     last = len(history.keys) - 1
@@ -56,6 +59,9 @@ def _smaller(history: History) -> Iterator[History]:
     last = len(history.credit) - 1
     if last and all(getattr(each, "account", 0) != last for each in (*history.keys, *steps)):
         yield replace(history, credit=history.credit[:last])
+    for at, plan in enumerate(history.accounts):
+        for plainer in (AccountPlan(), *_plainer(plan)) if plan != AccountPlan() else ():
+            yield replace(history, accounts=(*history.accounts[:at], plainer, *history.accounts[at + 1 :]))
     for at, key in enumerate(history.keys):
         if key != KeyPlan(key.account):
             yield replace(history, keys=(*history.keys[:at], KeyPlan(key.account), *history.keys[at + 1 :]))

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -14,6 +15,7 @@ from meshproxy.errors import GatewayError
 from meshproxy.ledger.store import StoreError, Unavailable
 from meshproxy.policy.principal import Bounds, KeyChange
 from meshproxy.policy.template import TemplateFields
+from simulation.accounts import AccountPlan, Limits
 from simulation.bills import nusd
 from simulation.client import Clients
 from simulation.gateway import Gateway, Instance, in_use, rest
@@ -73,6 +75,8 @@ MOST_DRAINS: Final = 30  # of JOURNAL_S each, for answers that are read on witho
 NEXT_S: Final = 1.0  # in which another provider is asked for an answer that is read on
 JOURNAL_S: Final = 5.0  # after which the journal has been replayed
 MAX_TURNS: Final = 400_000
+SET_UP_S: Final = 10.0  # that a set-up takes at most, where the time of day matters
+LIMITS: Final = ("requests_per_minute", "burst", "tokens_per_minute", "requests_per_day", "max_parallel")
 BUGS: Final = frozenset(
     {"task_failed", "internal_error", "settlement_lost", "settlement_refused", "usage_refused_late"}
 )
@@ -167,13 +171,16 @@ class Play:
         self.record.books, self.record.told = {}, {}
         self._secrets: list[str] = []
         self._key_ids: list[str] = []
+        if history.midnight_s is not None:
+            world.loop.wall_offset_s += _until_midnight(world.loop.wall(), ends_month=history.ends_month)
+            world.loop.wall_offset_s -= SET_UP_S + history.midnight_s
         self._drops = 0
         self._lasting: list[Fault] = []
         self._gateway: Gateway
 
     async def play(self) -> Record:
         """Set up, play all steps, let everything settle, and read the books."""
-        world, history = self._world, self._history
+        world, history, begun_at = self._world, self._history, self._loop.time()
         plans = {marker_of(history.seed, request): request for request in history.requests if not request.repeats}
         plans |= {
             marker_of(history.seed, request): request
@@ -189,6 +196,8 @@ class Play:
         self._watch_store()
         clients = Clients(self._address, self._secrets.__getitem__, partial(marker_of, history.seed))
         self._clients, self._people = clients, world.process("clients")
+        if history.midnight_s is not None:
+            await self._until(begun_at + SET_UP_S)
         start = self._loop.time()
         world.mark("steps")
         self.record.prices[0] = (0.0, self.record.prices[0][1])
@@ -265,17 +274,8 @@ class Play:
             if credit:
                 await self._grant(number, credit, f"first {number}")
         for key in self._history.keys:
-            limits = {
-                "requests_per_minute": key.requests_per_minute,
-                "burst": key.burst,
-                "tokens_per_minute": key.tokens_per_minute,
-                "max_parallel": key.max_parallel,
-            }
-            bounds = Bounds(
-                limits=limits,
-                budgets={} if key.budget_nusd is None else {"total_nusd": key.budget_nusd},
-                session={} if key.session_budget_nusd is None else {"total_nusd": key.session_budget_nusd},
-            )
+            session = {} if key.session_budget_nusd is None else {"total_nusd": key.session_budget_nusd}
+            bounds = replace(_bounds(key), session=session)
             made_at = self._loop.time()
             expires_at = None if key.expires_s is None else self._loop.wall() + key.expires_s
             made = await operator.create_key(
@@ -286,6 +286,10 @@ class Play:
                 self.record.changes.append(Done("expire", at, at, key.account, len(self._secrets)))
             self._secrets.append(made["key"])
             self._key_ids.append(made["id"])
+        for number, plan in enumerate(self._history.accounts):
+            is_known = any(key.account == number for key in self._history.keys)
+            if plan != AccountPlan() and is_known:
+                await operator.account_limits(f"a{number}", _bounds(plan))
         if any(request.template for request in self._history.requests):
             await operator.put_template(None, TEMPLATE, TemplateFields(system=template_system(DROPPED)))
             for account in range(len(self._history.credit)):
@@ -580,6 +584,20 @@ class Play:
                     _, rows = await self._world.spawn(self._people, ask("/v1/usage?group_by=key,model,session_id"))
                     self.record.told[number] = Told(events["events"], rows["data"])
                     break
+
+
+def _bounds(plan: Limits) -> Bounds:
+    """Return the limits and budgets of a key or an account, as an operator gives them."""
+    budgets: dict[str, int | None] = {f"{period}_nusd": budget for period, budget in plan.budgets.items()}
+    return Bounds(limits={name: getattr(plan, name) for name in LIMITS}, budgets=budgets)
+
+
+def _until_midnight(wall: float, *, ends_month: bool) -> float:
+    """Return the seconds from a Unix time until its day (UTC) ends, or until its month does."""
+    day = datetime.fromtimestamp(wall, UTC).date() + timedelta(1)
+    if ends_month:
+        day = (day.replace(day=28) + timedelta(4)).replace(day=1) if day.day > 1 else day
+    return datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp() - wall
 
 
 def _pairs(flat: list[bytes]) -> dict[str, str]:

@@ -3,9 +3,9 @@
 import json
 import math
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
+from simulation.accounts import MINUTE_S
 from simulation.answers import HOLD_S
 from simulation.bills import is_lost, nusd, over_at, runs_on
 from simulation.breakers import routes_of
@@ -13,7 +13,7 @@ from simulation.client import Sight, trace_of
 from simulation.history import HOLD_TTL_S, STORE_TIMEOUT_S, UPSTREAMS
 from simulation.provider import FAILURE, Call
 from simulation.reasons import REFUSALS, changed_limits, met_deadline
-from simulation.record import HOP_S, RECOVERY_S, Look, View, cut_short
+from simulation.record import HOP_S, PERIODS, RECOVERY_S, Look, View, cut_short, date_of
 
 OK: Final = 200
 REQUESTS_A_MINUTE, TOKENS_A_MINUTE = 600, 1_000_000  # of a key without limits of its own (docs/configuration.md)
@@ -22,11 +22,15 @@ BUSY: Final = 429
 WAY_S: Final = 4 * HOP_S  # of a request and its answer, and of the connection's beginning
 LIMITS: Final = {  # the names of what refuses, as docs/operations.md has them, by words of the message
     "USD available": "credit",
-    "key requests": "key_requests",
-    "key tokens": "key_tokens",
-    "parallel": "key_parallel_requests",
-    "key total budget": "key_total_budget",
-    "session total budget": "session_total_budget",
+    **{
+        words: words.removesuffix(" per minute").replace(" ", "_")
+        for scope in ("key", "account", "session")
+        for kind in (
+            *("requests per minute", "tokens per minute", "requests per day", "parallel requests"),
+            *("total budget", "daily budget", "monthly budget"),
+        )
+        for words in [f"{scope} {kind}"]
+    },
 }
 LEAST_MS: Final = 0.001  # of an admission: a turn is longer
 AFTER_MS: Final = 1.0  # of the gateway's own part, from a provider's first byte on: some turns
@@ -42,6 +46,14 @@ class Span(NamedTuple):
     def __contains__(self, number: object) -> bool:
         """Whether a number is among them."""
         return isinstance(number, int | float) and self.least <= number <= self.most
+
+
+class Named(NamedTuple):
+    """How `/v1/key` names a limit. `per`: "minute" or "day"; None: of requests in parallel."""
+
+    scope: str
+    kind: str
+    per: str | None
 
 
 def ids_are_told(view: View) -> Iterator[str]:
@@ -294,18 +306,18 @@ def keys_are_told(view: View) -> Iterator[str]:
     for look in view.record.looks:
         told, spent = look.told, spends_of(view, look)
         wrong = {name: told.get(name) for name, right in key_of(view, look).items() if told.get(name, "") != right}
+        limits = limits_of(view, look)
         for bucket in told["limits"]:
-            kind, limit, found = bucket["kind"], bucket["limit"], (bucket["scope"], bucket["per"])
-            size, left = size_of(view, look, kind, limit), bucket["remaining"]
-            if found != ("key", None if kind == "parallel" else "minute") or limit not in limits_of(view, look, kind):
-                wrong[kind] = bucket
-            elif left not in (slots_of(view, look, size) if kind == "parallel" else Span(0, size)):
-                wrong[f"{kind} left"] = left
-            elif (left == size) != (bucket["reset"] in {"0s", None}) and kind != "parallel":
-                wrong[f"{kind} reset"] = bucket["reset"]
-        kinds = [bucket["kind"] for bucket in told["limits"]]
-        has_slots = view.history.keys[look.key].max_parallel is not None
-        if kinds != ["requests", "tokens", *(["parallel"] if has_slots else [])]:
+            named = Named(*(bucket[name] for name in Named._fields))
+            sizes, left = limits.get(named, {}), bucket["remaining"]
+            size, name = sizes.get(bucket["limit"], 0), " ".join(filter(None, named))
+            if bucket["limit"] not in sizes:
+                wrong[name] = bucket
+            elif left not in (slots_of(view, look, named.scope, size) if named.per is None else Span(0, size)):
+                wrong[f"{name} left"] = left
+            elif (left == size) != (bucket["reset"] in {"0s", None}) and named.per is not None:
+                wrong[f"{name} reset"] = bucket["reset"]
+        if (kinds := [tuple(bucket[name] for name in Named._fields) for bucket in told["limits"]]) != list(limits):
             wrong["limits"] = kinds
         for name, right in spent.items():
             if nusd(told["spend"][name]) not in right:
@@ -317,32 +329,40 @@ def keys_are_told(view: View) -> Iterator[str]:
 def key_of(view: View, look: Look) -> dict[str, Any]:
     """Return what `/v1/key` says of a key that doesn't change."""
     key = view.history.keys[look.key]
-    budget = key.budget_nusd
-    budgets = {"total_usd": None if budget is None else usd_of(budget), "daily_usd": None, "monthly_usd": None}
+    budgets = {f"{period}_usd": usd_of(key.budgets[period]) if period in key.budgets else None for period in PERIODS}
     named = {"id": view.record.key_ids[look.key], "account": f"a{look.account}", "budgets": budgets}
     unset = {"default_model": None, **({"expires_at": None} if key.expires_s is None else {})}
     return {**named, **unset, "models": list(key.models) or None}
 
 
-def limits_of(view: View, look: Look, kind: str) -> list[int | None]:
-    """Return what a limit of a key may be: as it was made, and for requests what it was changed to."""
-    key = view.history.keys[look.key]
-    if kind == "parallel":
-        return [key.max_parallel]
-    if kind == "tokens":
-        return [key.tokens_per_minute or TOKENS_A_MINUTE]
-    return [key.requests_per_minute or REQUESTS_A_MINUTE, *changed_limits(view, look.key)]
+def limits_of(view: View, look: Look) -> dict[Named, dict[int, int]]:
+    """Return the limits of a key and its account that `/v1/key` names, in its order: what each may be, and its size then.
+
+    A limit of a key's requests may have been changed.
+    """
+    key, account = view.history.keys[look.key], view.history.account(look.account)
+    buckets = [("key", bucket) for bucket in key.buckets(REQUESTS_A_MINUTE, TOKENS_A_MINUTE)]
+    buckets += [("account", bucket) for bucket in account.buckets()]
+    limits: dict[Named, dict[int, int]] = {}
+    for scope, bucket in sorted(buckets, key=lambda each: each[1].period_s):  # those of a minute first
+        named = Named(scope, bucket.kind, "minute" if bucket.period_s == MINUTE_S else "day")
+        limits[named] = {int(bucket.limit): int(bucket.size)}
+        if named == Named("key", "requests", "minute"):
+            limits[named] |= {limit: key.burst or limit for limit in changed_limits(view, look.key)}
+    for scope, most in (("key", key.max_parallel), ("account", account.max_parallel)):
+        if most is not None:
+            limits[Named(scope, "parallel", None)] = {most: most}
+    return limits
 
 
-def size_of(view: View, look: Look, kind: str, limit: int) -> int:
-    """Return how much a bucket of a key holds."""
-    burst = view.history.keys[look.key].burst
-    return burst if kind == "requests" and burst else limit
-
-
-def slots_of(view: View, look: Look, most: int) -> Span:
-    """Return how many of a key's slots may be free: all long after its requests, and none of those that surely run."""
-    own = [sight for sight in view.record.sights if sight.request.key == look.key and sight.began_at <= look.ended_at]
+def slots_of(view: View, look: Look, scope: str, most: int) -> Span:
+    """Return how many slots may be free: all long after the last requests, and none of those that surely run."""
+    keys = (
+        [look.key]
+        if scope == "key"
+        else [at for at, key in enumerate(view.history.keys) if key.account == look.account]
+    )
+    own = [sight for sight in view.record.sights if sight.request.key in keys and sight.began_at <= look.ended_at]
     are_over = all(over_at(view, sight) + HOLD_TTL_S + RECOVERY_S < look.began_at for sight in own)
     calls = [call for sight in own for call in view.own_calls(sight)[-1:]]
     running = {call.marker for call in calls if call.at <= look.began_at and call.ended_at >= look.ended_at}
@@ -359,20 +379,16 @@ def spends_of(view: View, look: Look) -> dict[str, Span]:
     began_ms, ended_ms = ((at + view.record.store_offset_s) * 1000 for at in (look.began_at, look.ended_at))
     spent = {}
     for name, form in (("total_usd", ""), ("day_usd", "%Y-%m-%d"), ("month_usd", "%Y-%m")):
-        period = _date(began_ms, form)
+        period = date_of(began_ms, form)
         costs = [
             (int(event["settled_ms"]), int(event["cost_nusd"]))
             for event in own
-            if _date(int(event["settled_ms"]), form) == period
+            if date_of(int(event["settled_ms"]), form) == period
         ]
         before, by = (sum(cost for at_ms, cost in costs if at_ms <= ms) for ms in (began_ms - 1, ended_ms))
-        if _date(ended_ms, form) == period:
+        if date_of(ended_ms, form) == period:
             spent[name] = Span(before, by)
     return spent
-
-
-def _date(unix_ms: float, form: str) -> str:
-    return datetime.fromtimestamp(unix_ms / 1000, UTC).strftime(form)
 
 
 def usd_of(amount_nusd: int) -> str:

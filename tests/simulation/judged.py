@@ -12,7 +12,7 @@ from simulation.judge import ERROR_TYPES, MESH_FIELDS, STREAM_STATUSES
 from simulation.judge import judge as judge_record
 from simulation.provider import Bill, Call, error_of
 from simulation.record import Book, Done, Look, Record, Sample, Told, Trouble, View, marker_of
-from simulation.told import LIMITS, key_of, size_of, spends_of, usd_of
+from simulation.told import LIMITS, key_of, limits_of, spends_of, usd_of
 
 GRANTED = 1_000_000_000
 COST = 20 * 2_500 + 8 * 10_000
@@ -68,7 +68,7 @@ def settled(**fields):
 
 
 def book(*events, **fields):
-    costs = sum(int(event["cost_nusd"]) for event in events)
+    costs = sum(int(event.get("cost_nusd", 0)) for event in events)
     granted = {"event": "grant", "amount_nusd": str(GRANTED), "balance_nusd": str(GRANTED)}
     sums = {"balance": GRANTED - costs, "granted": GRANTED, "settled": costs}
     return Book(**{**sums, "events": (granted, *events), **fields})
@@ -125,15 +125,12 @@ def complete_event(event, record):
 
 def told_of(record, look, **fields):
     """Return what `/v1/key` says when nothing runs and all buckets are full, as it should be, but for these fields."""
-    view, plan = View(record), record.history.keys[look.key]
+    view = View(record)
     limits = [
-        {"scope": "key", "kind": kind, "limit": limit, "remaining": size, "per": "minute", "reset": "0s"}
-        for kind, limit in (("requests", plan.requests_per_minute or 600), ("tokens", plan.tokens_per_minute or 10**6))
-        for size in [size_of(view, look, kind, limit)]
+        {**named._asdict(), "limit": limit, "remaining": size, "reset": named.per and "0s"}
+        for named, sizes in limits_of(view, look).items()
+        for limit, size in list(sizes.items())[:1]
     ]
-    if plan.max_parallel is not None:
-        slots = {"limit": plan.max_parallel, "remaining": plan.max_parallel}
-        limits.append({"scope": "key", "kind": "parallel", **slots, "per": None, "reset": None})
     spend = dict.fromkeys(("total_usd", "day_usd", "month_usd"), "0.00")
     spend |= {name: usd_of(int(span.least)) for name, span in spends_of(view, look).items()}
     return {**key_of(view, look), "limits": limits, "spend": spend, **fields}

@@ -231,6 +231,10 @@ def budget_passed(case):
     case.key(budget_nusd=100)
 
 
+def threshold_untold(case):
+    case.key(budget_nusd=COST)
+
+
 def hold_too_large(case):
     case.record.books = {0: book(settled(held_nusd=4_100_000))}
 
@@ -391,6 +395,7 @@ BREAKS = [
     (overdrawn, "credit_is_not_overdrawn"),
     (beyond_the_hold, "credit_is_not_overdrawn"),
     (budget_passed, "budgets_hold"),
+    (threshold_untold, "thresholds_are_told"),
     (hold_too_large, "holds_are_needed"),
     (hold_abandoned, "holds_are_kept"),
     (renewal_lowers, "renewals_raise"),

@@ -8,10 +8,11 @@ import json
 import pytest
 from msgspec.structs import replace
 
+from simulation.accounts import Bucket
 from simulation.bills import least_held
 from simulation.client import Sight, body_of
 from simulation.history import MODELS, Request
-from simulation.limits import Bucket, Taken, level_at_least, level_at_most
+from simulation.limits import Taken, level_at_least, level_at_most
 from simulation.record import Beat, Done, Sample, Trouble
 from simulation.told import usd_of
 from tests.simulation.judged import (
@@ -159,7 +160,7 @@ def test_a_budget_counts_a_hold_while_its_request_runs_and_its_charge_after_that
 ):
     case = Case()
     needed = BUDGET - spent + 1
-    words = f"Key budget of {usd_of(BUDGET)} USD leaves too little: {usd_of(spent)} USD spent or held"
+    words = f"The key total budget of {usd_of(BUDGET)} USD leaves too little: {usd_of(spent)} USD spent or held"
     refused(402, "spend_limit_exceeded", message=f"{words}, {usd_of(needed)} USD needed")(case)
     case.key(budget_nusd=BUDGET)
     case.twice(began_at=8.0, ended_at=ended_at, ended=ended, request=Request("q1"), marker="mk1q1z", status=200)

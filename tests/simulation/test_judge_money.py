@@ -490,7 +490,7 @@ def test_a_client_that_left_behind_a_report_of_zeros_and_no_text_is_charged_noth
     ],
 )
 def test_a_budget_may_end_an_answer_that_runs_on(status, limits, other_nusd, is_right):
-    case = Case(Request("q0", keyed=True, timeout_s=0.5))
+    case = Case(Request("q0", keyed=True, timeout_s=0.5, session="s1"))
     case.key(**limits)
     case.sight.status, case.sight.payload = status, envelope(code="gateway_timeout") if status == 504 else WHOLE
     sources = [settled(usage_source="estimated")]
