@@ -146,7 +146,9 @@ def most_workers(view: View, sight: Sight) -> int:
 
 def known_workers(view: View, worker: str, at: float) -> int:
     """Return the fewest workers that one may have known at a time, by its reports: the last reply may be unread."""
-    told = [beat.told for beat in view.record.beats if beat.worker == worker and beat.at <= at]
+    lost = {trouble.start for trouble in view.record.troubles if trouble.what == "lost_reply"}
+    beats = [beat for beat in view.record.beats if beat.worker == worker and beat.at <= at]
+    told = [beat.told for beat in beats if beat.at not in lost]
     return min(max(told[-2:], default=1), max(told[-3:-1], default=max(told, default=1)))
 
 

@@ -563,6 +563,20 @@ def local(number, cost, charged_at=60.0, worker="worker-00001", **fields):
             [Trouble("failover", 11.2, 30.0)],
             id="holds that weren't",
         ),
+        pytest.param(
+            [local(0, 6_000_000)],
+            [1, 2, 2],
+            True,
+            [Trouble("lost_reply", at, at + 5.0) for at in (2.0, 3.0)],
+            id="alone, as far as a worker knows whose replies were lost",
+        ),
+        pytest.param(
+            [local(0, 6_000_000)],
+            [1, 2, 2],
+            False,
+            [Trouble("lost_reply", at, at + 5.0) for at in (2.1, 3.1)],
+            id="shared, where the replies that were lost were others",
+        ),
     ],
 )
 def test_a_worker_spends_its_share_of_the_allowance_without_the_store(events, told, is_right, troubles):
