@@ -28,6 +28,8 @@ FEWEST, MOST = 8, 14  # tenths of the true tokens, what an estimate may be (docs
 MOST_LINES: Final = 1_024  # of streams, that are parsed once
 TIMER_S: Final = 0.01  # that a deadline by the gateway's clock may be before that by its client's
 BYTES_A_TOKEN: Final = 3  # of a prompt, by the estimate that is held (docs/api.md)
+BYTES_OVER_AN_ESCAPE: Final = 3  # that an escape of 4 hex digits has beyond the character
+SAMPLED_BYTES: Final = 8_192  # of longer JSON, in which escapes are looked for
 TOKENS_OF_FRAMES: Final = 12  # that this estimate may add for messages and fields
 TOOL_NAME_TOKENS: Final = 3  # of the name of a function, which the provider's words don't count and an estimate does
 CREDIT_S: Final = 10.0  # that a stream waits for credit without the store (docs/ledger.md)
@@ -82,10 +84,18 @@ def _cost(call: Call, price: Price, fewest: int, most: int, *, reported: bool) -
 
 
 def least_held(body: Mapping[str, Any]) -> int:
-    """Return the fewest tokens that a call's prompt is held for: by its bytes, without the escapes of characters."""
+    """Return the fewest tokens that a call's prompt is held for: by its bytes, without the escapes of characters.
+
+    In long JSON these are counted by samples, so that each may stand for as many as samples are in it.
+    """
     others = [body[name] for name, (_, tokens) in OPTIONS.items() if tokens and name in body]
-    parts = (json.dumps(each, ensure_ascii=False).encode() for each in (body.get("messages", []), *others))
-    return sum(len(part) // BYTES_A_TOKEN for part in parts)
+    tokens = 0
+    for each in (body.get("messages", []), *others):
+        size, escaped = len(json.dumps(each, ensure_ascii=False).encode()), json.dumps(each)
+        if len(escaped) > SAMPLED_BYTES:
+            size -= escaped.count("\\u") * BYTES_OVER_AN_ESCAPE * (len(escaped) // SAMPLED_BYTES)
+        tokens += size // BYTES_A_TOKEN
+    return tokens
 
 
 def most_held_for(body: Mapping[str, Any]) -> int:

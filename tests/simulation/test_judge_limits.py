@@ -455,3 +455,11 @@ def test_a_bucket_s_level_has_bounds(taken, least, most):
 
 
 BUCKET = Bucket("tokens", 600, 600)
+
+
+@pytest.mark.parametrize(("chars", "escapes", "tokens"), [(8_000, 1, 0), (9_000, 1, 1), (90_000, 2, 20)])
+def test_an_escape_in_a_long_prompt_may_stand_for_many(chars, escapes, tokens):
+    plain, other = (
+        {"messages": [{"role": "user", "content": "a" * chars + each * escapes}]} for each in ("bbb", "\u2028")
+    )
+    assert least_held(plain) - least_held(other) == tokens
