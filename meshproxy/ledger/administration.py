@@ -271,9 +271,9 @@ class Administration:
         event = await find_usage_event(self.store, await self.account_names(), request_id, now)
         if event is None:
             message = (
-                f"no request {request_id[:128]!r} was settled in the last {EVENT_DAYS} days; one that was refused before it "
-                "could cost anything (401, 402, 403, 404, 422, 429, 503) is in the gateway's log alone: look there for its "
-                "request_id and refused_by"
+                f"no request {request_id[:128]!r} was settled in the last {EVENT_DAYS} days; one that still runs, or whose "
+                "worker was killed, isn't settled, and one that was refused before it could cost anything (401, 402, 403, "
+                "404, 422, 429, 503) is in the gateway's log alone: look there for its request_id and refused_by"
             )
             raise client_error(404, "request_not_found", message)
         return shown_event(event)
