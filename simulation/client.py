@@ -26,6 +26,7 @@ class Sight(Struct):
 
     `ended`: "whole", "closed" (in the middle, or without an answer), "left" (by itself), "unconnected", "hung".
     `reused`: the connection had been used before. `times`: when bytes came, and how long the payload was then.
+    `marker`: of it and its repeats alone; `text`: that in its text, if it is another.
     """
 
     request: Request
@@ -43,6 +44,7 @@ class Sight(Struct):
     ended_at: float = 0.0
     reused: bool = False
     again: bool = False
+    text: str = ""
 
     @property
     def is_stream(self) -> bool:
@@ -120,9 +122,13 @@ class Clients:
     """All clients of a history. `address` is of a worker, `secret` of a key, by their numbers."""
 
     def __init__(
-        self, address: Callable[[int], tuple[str, int]], secret: Callable[[int], str], marker: Callable[[Request], str]
+        self,
+        address: Callable[[int], tuple[str, int]],
+        secret: Callable[[int], str],
+        marker: Callable[[Request], str],
+        text: Callable[[Request], str],
     ) -> None:
-        self._address, self._secret, self._marker = address, secret, marker
+        self._address, self._secret, self._marker, self._text = address, secret, marker, text
         self.sights: list[Sight] = []
         self._links: dict[str, tuple[asyncio.Lock, _Link | None]] = {}
 
@@ -138,16 +144,17 @@ class Clients:
             await self._ask(request, again=True)
 
     async def _ask(self, request: Request, *, again: bool) -> Sight:
-        marker = self._marker(request)
+        text = self._text(request)
         name = f"{request.name}-again" if again else request.name
         sight = Sight(
             request,
-            marker,
+            self._marker(request),
             f"id-{name}",
-            body_of(request, marker),
+            body_of(request, text),
             asyncio.get_running_loop().time(),
             request.worker,
             again=again,
+            text=text,
         )
         sight.headers, sight.times = {}, []
         self.sights.append(sight)
@@ -222,7 +229,7 @@ class Clients:
             f"x-request-id: {sight.request_id}",
         ]
         if request.keyed:
-            head += [f"idempotency-key: {request.named or sight.marker}", f"traceparent: {trace_of(sight.request_id)}"]
+            head += [f"idempotency-key: {request.named or sight.text}", f"traceparent: {trace_of(sight.request_id)}"]
         data = "\r\n".join([*head, "", ""]).encode() + sight.body
         size = -(-len(data) // request.sends_in)
         for at in range(0, len(data), size):

@@ -335,6 +335,7 @@ class Request(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
 
     `at_s`: when it is sent. `name`: of it alone; its text has a marker made of this, or of the name of what it repeats.
     `repeats`: the name of the request whose Idempotency-Key and body this one sends again; with `other_body` another body.
+    `text_of`: the name of a request whose body and Idempotency-Key it sends with another key.
     `answers`: what the providers do with the first call, the second, ...; the last stands for all that follow. `reads`:
     how the client does so: "all", "slowly", or it "hangs_up" `after` so many bytes, "half_closes" then, "leaves" after so many
     seconds, or "stalls" after so many bytes and reads no more. `waits`: after a 429, or where all providers fail, it is
@@ -359,6 +360,7 @@ class Request(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     named: str = ""
     other_body: bool = False
     repeats: str = ""
+    text_of: str = ""
     session: str = ""
     reads: Literal["all", "slowly", "hangs_up", "half_closes", "leaves", "stalls"] = "all"
     after: float = 0.0
@@ -581,6 +583,10 @@ def _tenants(rng: random.Random) -> History:
         if is_templated:
             request = replace(request, template=TEMPLATE, manner="few")
         requests.append(request)
+    for at, first in enumerate(requests):
+        if first.keyed and not first.text_of and rng.random() < 0.3:
+            requests[at] = replace(first, named=f"both {at}")  # a key has one body only
+            requests.append(_twin(rng, requests[at], f"q{len(requests)}"))
     for first in [request for request in requests if request.keyed and rng.random() < 0.4]:
         at_s = round(first.at_s + rng.choice((0.0, 0.01, 0.5, 3.0, 9.0)), 3)
         repeat = replace(first, name=f"q{len(requests)}", repeats=first.name, at_s=at_s, connection="")
@@ -610,6 +616,14 @@ def _tenants(rng: random.Random) -> History:
         changes.append(Change(round(rng.random(), 3), what, account, amount=version))
     credit, workers, kept = (1_000_000_000, 1_000_000_000), rng.randint(1, 2), rng.choice(KEPT_BYTES)
     return History(0, "", credit=credit, keys=keys, workers=workers, kept_bytes=kept, steps=(*requests, *changes))
+
+
+def _twin(rng: random.Random, first: Request, name: str) -> Request:
+    """Draw a request of another key, of the same account or another one, with a request's body and Idempotency-Key."""
+    key = rng.choice([key for key in range(3) if key != first.key])
+    at_s = round(first.at_s + rng.choice((0.0, 0.01, 0.5, 3.0, 9.0)), 3)
+    twin = replace(first, name=name, key=key, text_of=first.name, at_s=at_s, connection="", worker=rng.randint(0, 1))
+    return replace(twin, answers=(*first.answers[1:], _any_answer(rng)))
 
 
 def _disks(rng: random.Random) -> History:

@@ -229,7 +229,8 @@ def _beside_data(sight: Sight) -> Iterator[tuple[int, str]]:
 def bytes_are_ones_own(view: View) -> Iterator[str]:
     """No byte of one client's reaches another, and no client's key a provider."""
     for sight in view.record.sights:
-        others = {found for found in MARKER.findall(sight.payload.decode(errors="replace")) if found != sight.marker}
+        own = sight.text or sight.marker
+        others = {found for found in MARKER.findall(sight.payload.decode(errors="replace")) if found != own}
         if others:
             yield f"{sight.request_id} got what belongs to {sorted(others)}"
         if any("rsk_" in value for value in sight.headers.values()) or b"rsk_" in sight.payload:

@@ -708,6 +708,18 @@ PLANTED: Final = [
         "record = names.replay('', ",
     ),
     Planted(
+        "a repeat reads along with another key's request of its Idempotency-Key and body",
+        "gateway/idempotency.py",
+        "return self._followed.get(record)",
+        "return next((each for name, each in self._followed.items() if name[-64:] == record[-64:]), None)",
+    ),
+    Planted(
+        "an account's keys share an Idempotency-Key with a body of the same size",
+        "gateway/idempotency.py",
+        "self._replays.claim_by(account, principal.key.id, name, owner)",
+        "self._replays.claim_by(account, '', name if name[:2] == 'mk' else name + str(len(body)), owner)",
+    ),
+    Planted(
         "a template's slot isn't filled",
         "policy/template.py",
         "return _SLOT.sub(lambda slot: variables[slot[1]], text)",

@@ -30,6 +30,7 @@ WORDS: Final = (
 TOKENS_BESIDE_WORDS: Final = 15  # of a prompt: its marker, its message's frame, the reply's beginning
 TOKENS_OF_A_MESSAGE: Final = 4  # beside its words, of each further message
 CITATION_TOKENS: Final = 5  # Perplexity's, beside the prompt
+CREATED: Final = 1_764_000_000  # when the first answer was made
 USD_TOKENS: Final = 250_000  # of which any kind costs a dollar, by the provider's own figure
 ABSURD: Final = 10_000_000
 LINE: Final = b'data: {"id"'  # that an event with a chunk begins with
@@ -68,7 +69,7 @@ class Call(Struct):
     `last_at`: when its head or the last of its bytes went out.
     """
 
-    marker: str
+    marker: str  # of its request; `text`: the one in the request's text, if it is another
     upstream: str
     number: int
     at: float
@@ -96,6 +97,13 @@ class Call(Struct):
     last_at: float = 0.0
     ended: str = ""
     ended_at: float = 0.0
+    text: str = ""
+    created: int = CREATED  # no two answers are the same
+
+    @property
+    def said(self) -> str:
+        """The marker in the request's text."""
+        return self.text or self.marker
 
 
 class Event(Struct, frozen=True):
@@ -111,10 +119,11 @@ class Provider:
     """The server.
 
     `plans` has the request of each marker; `calls` fills as they come. `price`: the tokens of a prompt by its words.
+    `twins` has the markers of requests with another's text, by the trace of each.
     """
 
-    def __init__(self, plans: Mapping[str, Request]) -> None:
-        self._plans = plans
+    def __init__(self, plans: Mapping[str, Request], twins: Mapping[str, str]) -> None:
+        self._plans, self._twins = plans, twins
         self.calls: list[Call] = []
         self._outages: list[tuple[float, Outage]] = []
         self._links: dict[_Link, None] = {}  # a set would have the order of addresses
@@ -144,7 +153,8 @@ class Provider:
     def call(self, upstream: str, headers: dict[str, str], raw: bytes) -> Call:
         """Note a call, and decide what becomes of it."""
         body = json.loads(raw)
-        marker = marker_of(body)
+        text = marker_of(body)
+        marker = self._twins.get(headers.get("traceparent", ""), text)
         request = self._plans.get(marker)
         number, now = sum(call.marker == marker for call in self.calls), asyncio.get_running_loop().time()
         answer = next(
@@ -153,7 +163,8 @@ class Provider:
         if answer is None and request is not None:
             answer = request.answers[min(number, len(request.answers) - 1)]
         answer = answer or Answer(status=500, error="failed")
-        call = Call(marker, upstream, number, now, answer, body, headers, raw=raw, lines=[], lines_at=[])
+        call = Call(marker, upstream, number, now, answer, body, headers, raw=raw, lines=[], lines_at=[], text=text)
+        call.created += len(self.calls)
         self.calls.append(call)
         return call
 
@@ -256,7 +267,7 @@ class _Link(asyncio.Protocol):
             return
         streams = bool(call.body.get("stream")) != answer.other_shape
         if answer.error:
-            status, headers, body = error_of(answer, call.marker, call.headers)
+            status, headers, body = error_of(answer, call.said, call.headers)
             call.body_bytes = body
             await self._send(call, status, headers, [Event(body)], "length")
             call.ended = "error"
@@ -427,7 +438,7 @@ class Making:
         self._n = max(1, body.get("n") or 1)
         self._prompt = prompt_tokens(body)
         call.tier = body.get("service_tier", "") if answer.tier == "asked" else answer.tier
-        self._base = {"id": f"chatcmpl-{call.marker}", "created": 1764000000, "model": "up-model"}
+        self._base = {"id": f"chatcmpl-{call.said}", "created": call.created, "model": "up-model"}
         if call.tier and answer.dialect != "anthropic":
             self._base["service_tier"] = call.tier
         if answer.bulk:

@@ -325,6 +325,11 @@ def marker_of(seed: int, request: Request) -> str:
     return f"mk{seed}{request.repeats or request.name}z"
 
 
+def text_of(seed: int, request: Request) -> str:
+    """Return the marker in a request's text, which it may have of another key's request with the same body."""
+    return f"mk{seed}{request.text_of or request.repeats or request.name}z"
+
+
 def cut_short(view: View, sight: Sight) -> bool:
     """Whether a request's worker was drained for `drain_s` when the request ended, or told to stop a second time.
 

@@ -17,7 +17,7 @@ from meshproxy.policy.principal import Bounds, KeyChange
 from meshproxy.policy.template import TemplateFields
 from simulation.accounts import AccountPlan, Limits
 from simulation.bills import nusd
-from simulation.client import Clients
+from simulation.client import Clients, trace_of
 from simulation.gateway import Gateway, Instance, in_use, rest
 from simulation.history import (
     ALLOWANCE_NUSD,
@@ -63,6 +63,7 @@ from simulation.record import (
     Told,
     Trouble,
     marker_of,
+    text_of,
 )
 from simulation.run import Outcome, World, run
 from simulation.store import OOM, READONLY, Client, Fate, script_of
@@ -187,14 +188,20 @@ class Play:
             for request in history.requests
             if marker_of(history.seed, request) not in plans
         }
-        provider = self._provider = Provider(plans)
+        twins = {
+            trace_of(f"id-{request.name}"): marker_of(history.seed, request)
+            for request in history.requests
+            if request.text_of
+        }
+        provider = self._provider = Provider(plans, twins)
         await world.spawn(world.process("provider"), provider.start("0.0.0.0", PROVIDER_PORT))
         if history.local:
             self._watch_beats()
         self._gateway = await world.start_gateway(toml(history, self._models), workers=history.workers)
         await self._set_up()
         self._watch_store()
-        clients = Clients(self._address, self._secrets.__getitem__, partial(marker_of, history.seed))
+        marker, text = partial(marker_of, history.seed), partial(text_of, history.seed)
+        clients = Clients(self._address, self._secrets.__getitem__, marker, text)
         self._clients, self._people = clients, world.process("clients")
         if history.midnight_s is not None:
             await self._until(begun_at + SET_UP_S)

@@ -145,7 +145,7 @@ def _error(call: Call) -> dict[str, Any]:
 
 def _words(call: Call) -> str:
     """Return a provider's message, without what follows of the request and its secret."""
-    return str(_error(call).get("message", "")).partition(f" {call.marker}")[0]
+    return str(_error(call).get("message", "")).partition(f" {call.said}")[0]
 
 
 def _code(call: Call) -> str | None:

@@ -80,7 +80,7 @@ def judge(record):
     An error of the type "right" has that of its status, or of its code in a stream.
     """
     for sight in record.sights:
-        sight.body = sight.body or body_of(sight.request, sight.marker)
+        sight.body = sight.body or body_of(sight.request, sight.text or sight.marker)
         status = STREAM_STATUSES.get(sight.error.get("code"), 500) if sight.is_stream else sight.status
         kind = ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
         sight.payload = sight.payload.replace(b'"type": "right"', f'"type": "{kind}"'.encode())

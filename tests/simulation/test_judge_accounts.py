@@ -7,10 +7,24 @@ import pytest
 from msgspec.structs import replace
 
 from simulation.accounts import AccountPlan, KeyPlan
+from simulation.client import trace_of
 from simulation.history import Answer, History, Request
+from simulation.record import Done
 from simulation.story import played
 from simulation.told import usd_of
-from tests.simulation.judged import COST, REQUEST, Case, book, broken_by, judge, refused, settled
+from tests.simulation.judged import (
+    COST,
+    GRANTED,
+    MARKER,
+    REQUEST,
+    WHOLE,
+    Case,
+    book,
+    broken_by,
+    judge,
+    refused,
+    settled,
+)
 
 DAY_MS = 86_400_000
 MONTH_MS = 31 * DAY_MS
@@ -262,6 +276,39 @@ def test_a_429_names_a_limit_of_the_account(limits, named, wait_s, others, broke
 
     found = {rule for rule in broken_by(change, REQUEST) if rule in {"statuses_have_reasons", "waits_are_told"}}
     assert found - ({"waits_are_told"} if broken == {"statuses_have_reasons"} else set()) == broken
+
+
+def twin(case, *, has_run=True, said=MARKER, replayed=False):
+    """Let another account's key have sent the same body with the same Idempotency-Key, and have got an answer."""
+    case.sight.request = Request("q0", keyed=True)
+    case.record.history = replace(case.record.history, credit=(GRANTED, GRANTED), keys=(KeyPlan(), KeyPlan(1)))
+    case.twice(marker="mk1q1z", text=MARKER, payload=WHOLE.replace(MARKER.encode(), said.encode()))
+    other = case.record.sights[1]
+    other.request = Request("q1", keyed=True, key=1, text_of="q0")
+    if replayed:
+        other.headers["idempotent-replayed"] = "true"
+    if has_run:
+        call = replace(case.call, marker="mk1q1z", text=MARKER, headers={"traceparent": trace_of("id-q1")})
+        case.record.calls.append(call)
+    charged = [settled(hold_id="h2", request_id="id-q1")] if has_run else []
+    case.record.changes.append(Done("grant", 1.0, 2.0, 1, 0, GRANTED, ok=True, ref="first"))
+    case.record.books = {0: book(settled()), 1: book(*charged)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "broken"),
+    [
+        pytest.param({}, set(), id="its own answer"),
+        pytest.param({"said": "mk1q1z"}, {"bytes_are_ones_own", "answers_are_not_lost"}, id="in other words"),
+        pytest.param(
+            {"has_run": False, "replayed": True},
+            {"ends_are_honest", "attempts_are_told", "repeats_agree"},
+            id="the other account's answer",
+        ),
+    ],
+)
+def test_one_body_and_one_idempotency_key_of_two_accounts_are_two_requests(changes, broken):
+    assert broken_by(lambda case: twin(case, **changes), REQUEST) == broken
 
 
 @pytest.mark.parametrize(
