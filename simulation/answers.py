@@ -26,10 +26,13 @@ from simulation.reasons import (
     others_of,
     scope_of,
 )
-from simulation.record import HOP_S, RECOVERY_S, STORE, View, cut_short
+from simulation.record import HOP_S, RECOVERY_S, STORE, Drain, View, cut_short
 
 PROMPT_S: Final = 4 * HOP_S  # an event's way over two connections, and a renewal's to the store and back
 REPEATED_S: Final = 10 * HOP_S  # that a repeat takes longer: the first's parts go to the store, which it asks for news
+LAST_BYTE_S: Final = (
+    2.0 + 1.0
+)  # that a body's end after its `[DONE]` is waited for (docs/reliability.md), looked at each second
 PING_LATE_S: Final = 1.0 + 2 * HOP_S  # that a ping may be behind `heartbeat_s`, where streams are looked at each second
 ADMITTED_S: Final = 3 * HOP_S  # in which a request is let in: each of its calls to the store may be slow, and few are
 API_VERSION: Final = "2026-08"  # docs/api.md
@@ -69,7 +72,13 @@ def answers_are_prompt(view: View) -> Iterator[str]:
                 if got == line and late_s > most_s:
                     yield f"{sight.request_id}: event {number} came {late_s:.2f} s after it was sent"
                     break
-        late_s = sight.ended_at - max(call.ended_at, asked_at)
+            done_at = next((at for line, at in _arrivals(sight) if line == "[DONE]"), 0.0)
+            late_s = done_at - max(call.last_at, asked_at)
+            if call.complete and call.answer.end != "no_done" and late_s > most_s:
+                yield f"{sight.request_id}: [DONE] came {late_s:.2f} s after the provider's"
+        is_done = call.complete and bool(call.lines) and call.answer.end != "no_done"
+        over_at = min(call.ended_at, call.last_at + LAST_BYTE_S) if is_done else call.ended_at
+        late_s = sight.ended_at - max(over_at, asked_at)
         if sight.ended == "whole" and call.ended in {"whole", "error"} and late_s > most_s:
             yield f"{sight.request_id}: its end came {late_s:.2f} s after the provider's"
 
@@ -239,9 +248,11 @@ def what_runs_on_is_read(view: View) -> Iterator[str]:
 def drains_end(view: View) -> Iterator[str]:
     """Check that an instance that is to end does so when its requests are over or cut short, and leaves none before.
 
-    It has 30 s to settle where that fails (docs/operations.md, "Drain and restart").
+    Its answers say `connection: close`, and connections without a request are closed. It has 30 s to settle where that
+    fails (docs/operations.md, "Drain and restart").
     """
     for drain in view.record.drains:
+        yield from _kept_connections(view, drain)
         signals = [each.start for each in view.record.drains if each.worker == drain.worker and each.end == drain.end]
         if drain.start > min(signals):
             continue  # the second signal, which is judged with the first one
@@ -265,6 +276,19 @@ def drains_end(view: View) -> Iterator[str]:
                     if is_left and drain.start <= call.ended_at < ended_at:
                         left_s = call.ended_at - drain.start
                         yield f"{call.upstream} was left with {sight.request_id} {left_s:.2f} s after a drain began"
+
+
+def _kept_connections(view: View, drain: Drain) -> Iterator[str]:
+    """Find an answer of an instance that ends which lets its client keep the connection, and a connection that it keeps."""
+    for sight in view.record.sights:
+        if view.worker(sight) == drain.worker and sight.status:
+            begins_at = min((at for at, _ in sight.times), default=math.inf)
+            if drain.start + HOP_S < begins_at <= drain.end and sight.headers.get("connection") != "close":
+                yield f"{sight.request_id} was answered {begins_at - drain.start:.2f} s after a drain began, to keep alive"
+    for idle in view.record.idles:
+        is_ours = idle.worker % view.history.workers == drain.worker
+        if is_ours and idle.since <= drain.start and drain.start + ENDED_S < idle.until:
+            yield f"gateway-{drain.worker} kept a connection for {idle.until - drain.start:.2f} s of a drain"
 
 
 # Waits and repeats.

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from msgspec import Struct
 
@@ -82,6 +82,14 @@ def _error(text: str | bytes) -> dict[str, Any]:
     return error if isinstance(error, dict) else {}
 
 
+class Idle(NamedTuple):
+    """A connection that a client kept without a request: to which worker, and from when until when."""
+
+    worker: int
+    since: float
+    until: float
+
+
 def trace_of(request_id: str) -> str:
     """Return the `traceparent` of a request with an Idempotency-Key, which says at its provider whose call it is."""
     return f"00-{request_id.encode().hex():0>32}-{SPAN}-01"
@@ -130,6 +138,7 @@ class Clients:
     ) -> None:
         self._address, self._secret, self._marker, self._text = address, secret, marker, text
         self.sights: list[Sight] = []
+        self.idles: list[Idle] = []
         self._links: dict[str, tuple[asyncio.Lock, _Link | None]] = {}
 
     async def play(self, request: Request) -> None:
@@ -165,6 +174,7 @@ class Clients:
         async with lock:
             sight.began_at = asyncio.get_running_loop().time()
             link = self._links[request.connection][1]
+            self._note_idle(link)
             kept = await self._on_a_link(sight, link if link is not None and not link.is_lost else None)
             self._links[request.connection] = lock, kept
         return sight
@@ -198,9 +208,16 @@ class Clients:
             and sight.headers.get("connection", "") != "close"
             and sight.request.connection
         ):
+            link.idle_since = loop.time()
             return link
         link.close()
         return None
+
+    def _note_idle(self, link: "_Link | None") -> None:
+        """Note for how long a connection had no request."""
+        if link is not None:
+            now = asyncio.get_running_loop().time()
+            self.idles.append(Idle(link.worker, link.idle_since, now if link.lost_at is None else link.lost_at))
 
     async def fetch(self, worker: int, key: int, target: str, body: Any = None) -> tuple[int, Any]:
         """Return the status and JSON of another path's answer; status 0 if there is none."""
@@ -245,6 +262,7 @@ class Clients:
     def close(self) -> None:
         """Close the connections that are kept."""
         for _, link in self._links.values():
+            self._note_idle(link)
             if link is not None:
                 link.close()
 
@@ -254,6 +272,8 @@ class _Link(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.is_lost = False
+        self.lost_at: float | None = None
+        self.idle_since = 0.0
         self.worker = 0
         self.over = asyncio.Event()
         self._sight: Sight | None = None
@@ -389,7 +409,7 @@ class _Link(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
-        self.is_lost = True
+        self.is_lost, self.lost_at = True, asyncio.get_running_loop().time()
         if self._sight is not None and not self.over.is_set():
             until_close = not self._in_head and not self._chunked and self._left is None
             self._end("whole" if until_close else "closed")

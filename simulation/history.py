@@ -540,7 +540,8 @@ def _dialects(rng: random.Random) -> History:
             dialect = rng.choice(("openrouter", "mistral", "xai", "moonshot", "groq"))
             lie: Lie = rng.choice(("early", "zeros_after"))
             streams = rng.random() < 0.4
-            old = Answer(dialect, rng.choice((8, 20, 45)), lie=lie, other_shape=not streams)
+            lingers_s = rng.choice((0.0, 0.0, 0.0, 40.0))
+            old = Answer(dialect, rng.choice((8, 20, 45)), lie=lie, other_shape=not streams, lingers_s=lingers_s)
             request = replace(request, stream=streams, include_usage=False, answers=(old,))
         if request.model == "reasoned":
             dialect = rng.choice(REASONING)
@@ -881,7 +882,13 @@ def _across(rng: random.Random, drain: WorkerEvent, name: str) -> list[Step]:
         )
         request = replace(_request(rng, f"{name}{number}", answer), timeout_s=None, max_tokens=None, connection="")
         request = replace(_reading(rng, request, 0.1), keyed=rng.random() < 0.2, worker=drain.worker)
+        if rng.random() < 0.25:  # read on without its client, which is gone by then
+            request = replace(request, keyed=True, reads="leaves", after=0.05)
         requests.append(replace(request, at_s=round(max(0.0, drain.at_s - rng.choice((0.2, 1.0, 3.0))), 3)))
+    if rng.random() < 0.5:  # on a connection that is idle by then, and used once more
+        for number, late_s in enumerate((-1.5, rng.choice((0.4, 1.0, 5.0)))):
+            request = replace(_request(rng, f"{name}k{number}", Answer()), connection=f"{name}k", worker=drain.worker)
+            requests.append(replace(request, at_s=round(max(0.0, drain.at_s + late_s), 3), timeout_s=None))
     return requests
 
 
@@ -1038,6 +1045,9 @@ def _request(
         tier = rng.choice(("", "auto", "default", "flex", "flex", "priority", "priority", "scale"))
     elif rng.random() < 0.03:
         tier = rng.choice(("auto", "flex"))
+    first, *later = answers
+    if rng.random() < 0.02 and stream != first.other_shape and first.is_good:  # a stream that is over for its events
+        answers = (replace(first, lingers_s=40.0), *later)
     return Request(
         name,
         **_beside(rng),

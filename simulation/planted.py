@@ -336,7 +336,7 @@ PLANTED: Final = [
     Planted(
         "a request with an Idempotency-Key ends with its client",
         "gateway/in_flight.py",
-        "if self.closed or self._detached >= MAX_DETACHED:",
+        "if self.closed or len(self._detached) >= MAX_DETACHED:",
         "if True:",
     ),
     Planted(
@@ -1448,6 +1448,55 @@ PLANTED: Final = [
         "ledger/local.py",
         "            amount = max(settlement.cost_nusd - held_by_redis_nusd, 0)\n",
         "            amount = max(self._owed.get(settlement.hold_id, ('', 0))[1], settlement.cost_nusd)\n",
+    ),
+    # Drains, and bodies that don't end.
+    Planted(
+        "a drain doesn't wait for what runs without its client",
+        "app/application.py",
+        "        return not self._worker.recorder.in_flight and not self._runner.busy()\n",
+        "        return not self._runner.busy()\n",
+    ),
+    Planted(
+        "what runs without its client isn't ended with a drain",
+        "app/application.py",
+        "        self._runner.interrupt()\n        self._worker.gateway.interrupt()\n",
+        "        self._runner.interrupt()\n",
+    ),
+    Planted(
+        "a whole answer in a drain lets its connection be kept",
+        "server/chat.py",
+        "        if reply.status == 408 or self._is_closing():",
+        "        if reply.status == 408:",
+    ),
+    Planted(
+        "a drain keeps connections without a request",
+        "app/application.py",
+        "        self._runner.close_idle()\n",
+        "",
+    ),
+    Planted(
+        "a stream's head in a drain lets its connection be kept",
+        "server/chat.py",
+        "        if self._is_closing():\n",
+        "        if False:\n",
+    ),
+    Planted(
+        "a body after [DONE] is awaited for 30 seconds",
+        "upstream/response.py",
+        "LAST_BYTE_S: Final = 2.0",
+        "LAST_BYTE_S: Final = 30.0",
+    ),
+    Planted(
+        "a stream whose body doesn't end has no [DONE]",
+        "gateway/relay.py",
+        "        if scanner.done:\n            self._complete()\n        elif scanner.error",
+        "        if scanner.error",
+    ),
+    Planted(
+        "a stream that is read whole is awaited to the end of its body",
+        "upstream/response.py",
+        "if self._timer is None and b",
+        "if False and b",
     ),
 ]
 

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 from msgspec import Struct
 
 from simulation.accounts import Limits
-from simulation.client import Sight, trace_of
+from simulation.client import Idle, Sight, trace_of
 from simulation.history import DRAIN_S, History, Model, Request
 from simulation.provider import Call
 
@@ -147,9 +147,9 @@ class Record(Struct):
     `prices`: the models from each time on. `left`: what should be gone and isn't. `errors`: exceptions that nothing
     handled, and lines of the log that tell of a bug. `unkept`: when a process's journal was first refused by its disk.
     `exits`: the exit codes of processes. `refused`: processes that didn't start. `logged`: the log's lines of requests. `failed`:
-    those of attempts that failed.
-    `drains`: those of the steps. `key_ids`: the ids of the keys, by number. `client`:
-    the address of the clients. `quoted`: lines of the log that have a request's text.
+    those of attempts that failed. `drains`: those of the steps. `idles`: connections that clients kept without a request.
+    `key_ids`: the ids of the keys, by number. `client`: the address of the clients. `quoted`: lines of the log that have
+    a request's text.
     """
 
     history: History
@@ -173,6 +173,7 @@ class Record(Struct):
     failed: list[dict[str, Any]] = []
     beats: list[Beat] = []
     drains: list[Drain] = []
+    idles: list[Idle] = []
     key_ids: list[str] = []
     client: str = ""
     quoted: list[str] = []

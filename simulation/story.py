@@ -229,7 +229,7 @@ class Play:
         self.record.client = self._people.address
         self.record.store_offset_s = self._loop.wall_offset_s + world.store.clock_offset_s
         clients.close()
-        self.record.sights, self.record.calls = clients.sights, provider.calls
+        self.record.sights, self.record.calls, self.record.idles = clients.sights, provider.calls, clients.idles
         await asyncio.sleep(1)
         self.record.left += in_use()
         for gateway in list(world.gateways):

@@ -59,6 +59,7 @@ def create_app(
             await worker.start()
             yield
             worker.gateway.shut_down()
+            worker.gateway.interrupt()
             await worker.stop()
 
     app = application(worker, partial(_until_hangup, worker.serve_chat), middlewares)
@@ -242,6 +243,7 @@ class DataListener:
         self._worker.gateway.shut_down()
         await _wait_until(lambda: not self._worker.live.relays, FINAL_SEND_S)
         self._runner.interrupt()
+        self._worker.gateway.interrupt()
         await _wait_until(self._is_done, FINAL_SEND_S)
 
     async def close(self) -> None:

@@ -91,8 +91,13 @@ class Detacher:
         self._clock = clock
         self._tasks = tasks
         self._close = close
-        self._detached = 0
+        self._detached: set[asyncio.Task[Any]] = set()
         self.closed = False  # true: a hang-up cancels the request
+
+    def interrupt(self) -> None:
+        """End what goes on without its client: what is known by now is settled."""
+        for task in tuple(self._detached):
+            task.cancel()
 
     async def run(self, exchange: Exchange, work: Coroutine[Any, Any, T], draining: Collection[str] = ()) -> T:
         """Return the result of `work`.
@@ -129,10 +134,10 @@ class Detacher:
 
     def _detach(self, exchange: Exchange, task: asyncio.Task[Any]) -> bool:
         """Let the work go on without its client; return False if that isn't allowed."""
-        if self.closed or self._detached >= MAX_DETACHED:
+        if self.closed or len(self._detached) >= MAX_DETACHED:
             return False
         if not task.done():
-            self._detached += 1
+            self._detached.add(task)
             exchange.detached = True
             self._tasks.spawn("drain", self._finish(exchange, task))
         return True
@@ -149,7 +154,7 @@ class Detacher:
         except (TimeoutError, asyncio.CancelledError):
             pass  # settle what is known by now
         finally:
-            self._detached -= 1
+            self._detached.discard(task)
             if not exchange.end_sent:
                 exchange.outcome = "client_disconnected"
                 if exchange.usage_source == "reported":

@@ -163,6 +163,10 @@ class Gateway:
         for relay in tuple(self._live.relays):
             relay.shut_down(overloaded(SHUTTING_DOWN, may_have_run=True))
 
+    def interrupt(self) -> None:
+        """End what goes on without its client, after `shut_down`: it has no connection whose end would."""
+        self._detacher.interrupt()
+
     def _close(self, exchange: Exchange) -> None:
         """End a request: settle it, then count and log it."""
         if exchange.outcome == "client_disconnected" and exchange.may_be_billed and exchange.usage_source == "none":

@@ -20,10 +20,9 @@ from meshproxy.openai.errors import error_event
 from meshproxy.openai.event_stream import COST, DONE, PING, StreamScanner
 from meshproxy.policy.failover import ended_early, stream_error
 from meshproxy.units import format_usd
-from meshproxy.upstream.response import Response
+from meshproxy.upstream.response import LAST_BYTE_S, Response
 
 MAX_DRAINED_BYTES: Final = 8_388_608  # read after the client has gone, to learn the usage
-LAST_BYTE_S: Final = 2.0  # for the end of a body after `[DONE]`; then its connection is closed
 BACKLOG_CHECK_BYTES: Final = 16_384  # relayed between two checks of the client's backlog
 CREDIT_RAN_OUT: Final = "Credit ran out in the middle of the answer: the account has {} USD available when it is paid."
 OUTCOMES = {

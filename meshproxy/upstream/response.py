@@ -11,6 +11,7 @@ the socket.
 import asyncio
 import errno
 import os
+import re
 import socket
 import ssl
 from typing import Final, Protocol
@@ -27,6 +28,9 @@ from meshproxy.errors import (
 from meshproxy.http1.message import after_sending
 
 POOL_RETRY_AFTER_S = 1.0
+LAST_BYTE_S: Final = 2.0  # for the end of a body after `[DONE]`; then its connection is closed
+_DONE: Final = re.compile(rb"[\r\n]data: ?\[DONE\][\r\n]")  # a string in JSON has no line ends
+_DONE_BYTES: Final = 14  # that it has at most, but for the last one
 # Resources that this host lacks, not the provider: descriptors, memory, local ports (socket(2), connect(2)).
 _LOCAL_ERRNOS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 
@@ -215,7 +219,10 @@ class Response:
         return None
 
     async def read(self) -> bytes:
-        """Return the whole body. Raises UpstreamError if it breaks off or is larger than the settings allow."""
+        """Return the whole body. Raises UpstreamError if it breaks off or is larger than the settings allow.
+
+        An event stream is whole after its `[DONE]`: the end of its body is awaited for LAST_BYTE_S.
+        """
         # usual for small answers: the body came with its head
         if self.flow is None and self._error is None and self._early_bytes <= self._max_bytes:
             return self.early[0][0] if len(self.early) == 1 else b"".join([payload for payload, _ in self.early])
@@ -226,6 +233,8 @@ class Response:
         except asyncio.CancelledError:
             self.close()
             raise
+        finally:
+            whole.stop_waiting()
 
     @property
     def may_receive_more(self) -> bool:
@@ -323,6 +332,8 @@ class _WholeBody:
         self._left = max_bytes
         self._max_bytes = max_bytes
         self._pieces: list[bytes] = []
+        self._tail = b""
+        self._timer: asyncio.TimerHandle | None = None  # from `[DONE]` on
 
     def data(self, payload: bytes, frame: bytes | None) -> None:  # noqa: ARG002 # only a relay uses frames
         self._left -= len(payload)
@@ -331,11 +342,27 @@ class _WholeBody:
             self.fail(too_large(self._max_bytes))
         else:
             self._pieces.append(payload)
+            joined = self._tail + payload
+            self._tail = joined[-_DONE_BYTES:]
+            if self._timer is None and b"[DONE]" in joined and _DONE.search(joined):
+                self._timer = asyncio.get_running_loop().call_later(LAST_BYTE_S, self._stop)
+
+    def _stop(self) -> None:
+        """Close a body that doesn't end after its `[DONE]`."""
+        self._response.close()
+        self.end()
+
+    def stop_waiting(self) -> None:
+        """Cancel the timer of `[DONE]`, once the result is there or isn't wanted."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def end(self) -> None:
         if not self.result.done():
             self.result.set_result(b"".join(self._pieces))
 
     def fail(self, error: UpstreamError) -> None:
-        if not self.result.done():
+        if self._timer is not None and self._left >= 0:
+            self.end()  # a stream is complete after its `[DONE]`
+        elif not self.result.done():
             self.result.set_exception(error)

@@ -182,3 +182,14 @@ async def test_a_shutdown_that_cannot_wait_closes_it_all_the_same(detacher, clos
     await turns(1)
     await tasks.finish(0)
     assert closed.exchanges == [("client_disconnected", "none", 42)]
+
+
+async def test_an_interrupt_ends_what_goes_on_without_its_client(detacher, closed, tasks):
+    work, other = Work(), Work()
+    await hang_up(await begun(detacher, work))
+    with_client = await begun(detacher, other)
+    detacher.interrupt()
+    await turns(3)
+    assert closed.exchanges == [("client_disconnected", "none", 42)]
+    other.go_on.set()
+    assert await with_client == "answer"

@@ -7,9 +7,10 @@ import pytest
 
 from meshproxy.errors import UpstreamError, overloaded, upstream_error
 from meshproxy.gateway.attempts import EarlyHead
-from meshproxy.gateway.relay import BACKLOG_CHECK_BYTES, LAST_BYTE_S, Relay
+from meshproxy.gateway.relay import BACKLOG_CHECK_BYTES, Relay
 from meshproxy.ledger.records import Denial
 from meshproxy.openai.event_stream import COST, DONE, PING, StreamScanner
+from meshproxy.upstream.response import LAST_BYTE_S
 from tests.gateway.parts import Client, Provider, Renewals, exchange, lease, plan
 from tests.harness.waiting import turns
 

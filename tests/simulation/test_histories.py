@@ -315,6 +315,19 @@ FOUND = {
             WorkerEvent(2.0, "drained", for_s=0.0),
         ),
     ),
+    "a stream in a whole answer's place was lost as its body stayed open after its [DONE]": Request(
+        "q0", answers=(Answer(other_shape=True, lingers_s=40.0),)
+    ),
+    "a request without its client ran on for 12 s after a second signal": History(
+        1,
+        "found",
+        workers=2,
+        steps=(
+            Request("q0", keyed=True, reads="leaves", after=0.05, answers=(Answer(delay_s=24.0),)),
+            WorkerEvent(1.0, "drained"),
+            WorkerEvent(3.5, "drained"),
+        ),
+    ),
 }
 NEW_S = float(os.environ.get("MESHPROXY_SIMULATION_S", "0"))  # for new seeds: `make test` sets a minute
 

@@ -8,6 +8,7 @@ import json
 import pytest
 from msgspec.structs import replace
 
+from simulation.client import Idle
 from simulation.history import PROVIDER_SECRET, Answer, History, Request
 from simulation.record import Drain, Trouble
 from simulation.story import played
@@ -42,6 +43,16 @@ def sent_at(event_at, end_at=11.0, *troubles):
     def change(case):
         case.call.lines_at, case.call.ended_at = [event_at], end_at
         case.record.troubles = list(troubles)
+
+    return change
+
+
+def lingered(done_at, ended_at, closed_at, answer=GOOD):
+    """Let the provider have sent all at 11.0 and closed at a time; its client had `[DONE]` and the end at these times."""
+
+    def change(case):
+        case.call.answer, case.call.lines_at, case.call.last_at, case.call.ended_at = answer, [11.0], 11.0, closed_at
+        case.sight.times, case.sight.ended_at = [(11.0, len(STREAM) - 14), (done_at, len(STREAM))], ended_at
 
     return change
 
@@ -244,6 +255,13 @@ SEEN = {
     "an event that was held": (sent_at(10.59), STREAMED, PROMPT),
     "an end on its way": (sent_at(11.0, 10.61), STREAMED, set()),
     "an end that was held": (sent_at(11.0, 10.59), STREAMED, PROMPT),
+    "[DONE] on its way": (lingered(11.39, 14.0, 14.0), STREAMED, set()),
+    "[DONE] that was held": (lingered(11.41, 14.0, 14.0), STREAMED, PROMPT),
+    "[DONE] of an answer without it": (lingered(14.0, 14.0, 14.0, Answer(end="no_done")), STREAMED, set()),
+    "the end of a body that ends": (lingered(11.0, 12.0, 12.0), STREAMED, set()),
+    "the end of a body that doesn't": (lingered(11.0, 14.39, 20.0), STREAMED, set()),
+    "the end of a body that is waited for": (lingered(11.0, 14.41, 20.0), STREAMED, PROMPT),
+    "the end of a body without [DONE]": (lingered(16.0, 16.0, 16.0, Answer(end="no_done")), STREAMED, set()),
     "an event that waits for a slow store": (sent_at(10.2, 11.0, Trouble("slow", 10.5, 20.0)), STREAMED, set()),
     "an event after a slow store": (sent_at(10.2, 11.0, Trouble("slow", 1.0, 9.9)), STREAMED, PROMPT),
     "an event before a slow store": (sent_at(10.2, 11.0, Trouble("slow", 12.1, 20.0)), STREAMED, PROMPT),
@@ -442,6 +460,7 @@ SIGNAL = 10.5  # when an instance is told to end whose request ends at 11.0
 )
 def test_an_instance_ends_in_time(ended_at, request_, others, is_right):
     case = Case(request_)
+    case.sight.headers["connection"] = "close"
     case.record.history = replace(case.record.history, workers=2)
     case.record.drains = [Drain(0, SIGNAL, ended_at), *(each for each in others if isinstance(each, Drain))]
     case.record.troubles = [each for each in others if isinstance(each, Trouble)]
@@ -462,6 +481,44 @@ def test_an_instance_ends_in_time(ended_at, request_, others, is_right):
 )
 def test_what_runs_on_is_waited_for_by_an_instance_that_ends(left_at, signals, answer, is_right):
     case = Case(replace(REQUEST, keyed=True, reads="leaves"), answer=answer)
+    case.sight.headers["connection"] = "close"
     case.sight.ended, case.sight.ended_at, case.call.ended, case.call.ended_at = "left", 10.2, "closed", left_at
     case.record.drains = [Drain(0, signal, max(left_at, *signals) + 0.2) for signal in signals]
+    assert ("drains_end" not in {finding.rule for finding in judge(case.record)}) == is_right
+
+
+@pytest.mark.parametrize(
+    ("began_at", "worker", "connection", "is_right"),
+    [
+        pytest.param(10.89, 0, "close", True, id="to be closed"),
+        pytest.param(10.89, 0, None, False, id="to be kept"),
+        pytest.param(10.89, 0, "keep-alive", False, id="to be kept, in words"),
+        pytest.param(10.91, 0, None, True, id="perhaps before the drain"),
+        pytest.param(10.89, 1, None, True, id="of another worker"),
+    ],
+)
+def test_an_answer_in_a_drain_says_that_its_connection_is_closed(began_at, worker, connection, is_right):
+    """Its first bytes come at 11.0."""
+    case = Case()
+    case.sight.headers |= {} if connection is None else {"connection": connection}
+    case.record.history = replace(case.record.history, workers=2)
+    case.record.drains = [Drain(worker, began_at, 11.3)]
+    assert ("drains_end" not in {finding.rule for finding in judge(case.record)}) == is_right
+
+
+@pytest.mark.parametrize(
+    ("idle", "is_right"),
+    [
+        pytest.param(Idle(0, 9.0, SIGNAL + 0.5), True, id="closed"),
+        pytest.param(Idle(0, 9.0, SIGNAL + 0.51), False, id="kept"),
+        pytest.param(Idle(2, 9.0, SIGNAL + 0.51), False, id="kept by the same worker's number"),
+        pytest.param(Idle(1, 9.0, SIGNAL + 0.51), True, id="kept by another worker"),
+        pytest.param(Idle(0, SIGNAL + 0.01, SIGNAL + 0.9), True, id="idle since a moment later"),
+    ],
+)
+def test_a_connection_without_a_request_is_closed_in_a_drain(idle, is_right):
+    case = Case()
+    case.sight.headers["connection"] = "close"
+    case.record.history = replace(case.record.history, workers=2)
+    case.record.drains, case.record.idles = [Drain(0, SIGNAL, 11.4)], [idle]
     assert ("drains_end" not in {finding.rule for finding in judge(case.record)}) == is_right

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from meshproxy.errors import UpstreamError
+from meshproxy.upstream import response as module
 from tests.harness.waiting import turns
 
 STEP_BYTES = 100_000
@@ -55,6 +56,55 @@ async def test_status_and_headers(serve, provide):
         response.header("x-b"),
         await response.read(),
     ) == (307, "/y", "1", None, b"")
+
+
+STREAM = b'data: {"id": "x"}\n\ndata: [DONE]\n\n'
+
+
+def in_chunks(*parts):
+    return CHUNKED + b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(in_chunks(STREAM), id="in one piece"),
+        pytest.param(in_chunks(STREAM[:-7], STREAM[-7:]), id="in two"),
+        pytest.param(in_chunks(*(STREAM[at : at + 1] for at in range(len(STREAM)))), id="in bytes"),
+        pytest.param(in_chunks(STREAM) + b"5\r\nda", id="and broken off"),
+        pytest.param(
+            b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n" + STREAM,
+            id="and shorter than it was to be",
+        ),
+    ],
+)
+async def test_a_stream_that_is_read_whole_ends_soon_after_its_done(serve, provide, monkeypatch, sent):
+    monkeypatch.setattr(module, "LAST_BYTE_S", 0.01)
+
+    async def script(conversation):
+        await conversation.answer(sent)
+        await conversation.until_closed()
+
+    response = await provide((await serve(script)).url).post("/x", (), b"{}")
+    async with asyncio.timeout(5):
+        assert (await response.read()).startswith(STREAM)
+
+
+@pytest.mark.parametrize("text", [b'{"content": "data: [DONE]', b'{"content": "a\\ndata: [DONE]', b"data: [DONE] not"])
+async def test_what_only_looks_like_the_end_of_a_stream_ends_nothing(serve, provide, monkeypatch, text):
+    monkeypatch.setattr(module, "LAST_BYTE_S", 0.0)
+    rest = asyncio.Event()
+
+    async def script(conversation):
+        await conversation.answer(in_chunks(text))
+        await rest.wait()
+        await conversation.send(b'2\r\n"}\r\n0\r\n\r\n')
+
+    response = await provide((await serve(script)).url).post("/x", (), b"{}")
+    reading = asyncio.ensure_future(response.read())
+    await turns(5)
+    rest.set()
+    assert await reading == text + b'"}'
 
 
 async def test_a_response_closed_before_its_end_closes_the_socket_and_is_silent(serve, provide, record):
