@@ -284,8 +284,8 @@ class Lease:
                 refusal = await self._renew(self.plan.hold_nusd(covered), covered)
                 break
             except (Unavailable, StoreError):
-                refusal = self._extend_locally(covered)
-                if refusal is None or self._over:
+                refusal = None if self._over else self._extend_locally(covered)
+                if refusal is None:
                     break
                 await asyncio.sleep(RENEW_RETRY_S)
         if refusal is None:

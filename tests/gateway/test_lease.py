@@ -172,7 +172,8 @@ async def test_without_a_ledger_it_is_asked_again(ledger, monkeypatch):
     assert held.covered == 160
 
 
-async def test_without_a_ledger_the_local_allowance_pays(ledger):
+@pytest.mark.parametrize(("is_over", "slices"), [(False, 1), (True, 0)])
+async def test_without_a_ledger_the_local_allowance_pays_for_what_runs(ledger, is_over, slices):
     class Local:
         taken = 0
 
@@ -185,8 +186,11 @@ async def test_without_a_ledger_the_local_allowance_pays(ledger):
     held = Lease(Hold(ask(), 1, 0, ()), plan(), 100, 100, renewer, is_local=False)
     held.record_output(60)
     await turns()
+    if is_over:
+        held.end()
     await ledger.answer(Unavailable("timeout", "no reply"))
-    assert (local.taken, held.covered) == (60 * TOKEN_NUSD, 160)
+    assert (local.taken, held.covered) == (slices * 60 * TOKEN_NUSD, 160)
+    assert len(ledger.asked) == 1
 
 
 async def test_nobody_hears_of_a_request_that_is_over(ledger):

@@ -259,6 +259,24 @@ FOUND = {
             ),
         ),
     ),
+    "a stream that had ended took more of the local allowance": History(
+        20194314,
+        "found",
+        local=True,
+        steps=(
+            Fault(1.571, "refused", for_s=3.0),
+            Request(
+                "q4",
+                at_s=2.377,
+                model="fee",
+                stream=True,
+                max_tokens=20,
+                prompt_words=1,
+                answers=(Answer(words=20, other_shape=True),),
+            ),
+            Request("q6", at_s=3.177, model="fee", prompt_words=1, answers=(Answer(words=1),)),
+        ),
+    ),
     "a stopped worker kept the socket of a client that read nothing": History(
         1,
         "found",
