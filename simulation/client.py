@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 from msgspec import Struct
 
 from simulation.history import ENDINGS, OPTIONS, TURNS, Request
+from simulation.invalid import spoiled
 from simulation.provider import WORDS
 
 PATIENCE_S: Final = 400.0  # for an answer; whoever gets none by then hung
@@ -237,17 +238,17 @@ class Clients:
 
     async def _send(self, sight: Sight, link: "_Link") -> None:
         request = sight.request
-        head = [
-            "POST /v1/chat/completions HTTP/1.1",
-            "host: mesh",
-            f"authorization: Bearer {self._secret(request.key)}",
-            "content-type: application/json",
-            f"content-length: {len(sight.body)}",
-            f"x-request-id: {sight.request_id}",
-        ]
+        headers = {
+            "host": "mesh",
+            "authorization": f"Bearer {self._secret(request.key)}",
+            "content-type": "application/json",
+            "x-request-id": sight.request_id,
+        }
         if request.keyed:
-            head += [f"idempotency-key: {request.named or sight.text}", f"traceparent: {trace_of(sight.request_id)}"]
-        data = "\r\n".join([*head, "", ""]).encode() + sight.body
+            headers |= {"idempotency-key": request.named or sight.text, "traceparent": trace_of(sight.request_id)}
+        line, headers, body = spoiled(request.invalid, headers, sight.body)
+        head = [f"{line} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        data = "\r\n".join([*head, "", ""]).encode() + body
         size = -(-len(data) // request.sends_in)
         for at in range(0, len(data), size):
             if link.is_lost:

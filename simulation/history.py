@@ -12,6 +12,7 @@ from msgspec import Struct
 from msgspec.structs import asdict, fields, replace
 
 from simulation.accounts import AccountPlan, KeyPlan, bounded, limited_key
+from simulation.invalid import INVALID
 
 HEARTBEAT_S = 5.0
 HOLD_TTL_S = 20.0
@@ -252,6 +253,7 @@ ENDINGS: Mapping[str, tuple[str, int]] = {  # after the words of its own message
     "unicode": (" Größe: 5 m², Привет, мир; 東京 🙂 e\u0301", 17),
     "escapes": (' a "quoted" line\n\tand \\ back/slash \u0001 \u2028 <b>&amp;', 18),
 }
+WITH_INVALID = 0.08  # of all histories have invalid requests
 KEPT_BYTES = (None, None, 1_500, 3_000)  # of an answer with an Idempotency-Key; None: the gateway's default
 TEMPLATE = "greeting"
 DROPPED = 0  # the version of the global template, which is used where an account has none of its own
@@ -342,7 +344,7 @@ class Request(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     sent once more, exactly when it was told to. `tier`: its service tier. `template`: the template that it names, and
     `manner` the value of its slot; None: it has none. `named`: the text of its Idempotency-Key; "": its marker.
     `options`, `turns`, `ending`: names of what it has of OPTIONS, TURNS and ENDINGS. `in_parts`: its message's content is
-    a list. `escaped`: its JSON is ASCII.
+    a list. `escaped`: its JSON is ASCII. `invalid`: what of INVALID is wrong with it.
     """
 
     name: str
@@ -376,6 +378,7 @@ class Request(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     ending: str = ""
     in_parts: bool = False
     escaped: bool = False
+    invalid: str = ""
     answers: tuple[Answer, ...] = (Answer(),)
 
 
@@ -494,7 +497,10 @@ def draw(seed: int) -> History:
     steps = tuple(sorted(made.steps, key=lambda step: step.at_s))
     fast_path = rng.random() > 0.15
     made = replace(made, seed=seed, profile=profile, steps=steps, fast_path=fast_path)
-    return replace(made, **asdict(bounded(rng, profile, len(made.credit), made.keys)))
+    made = replace(made, **asdict(bounded(rng, profile, len(made.credit), made.keys)))
+    if rng.random() < WITH_INVALID:
+        steps = tuple(sorted([*steps, *_invalid(rng, made)], key=lambda step: step.at_s))
+    return replace(made, steps=steps)
 
 
 def describe(history: History) -> list[str]:
@@ -1077,6 +1083,22 @@ def _beside(rng: random.Random) -> dict[str, Any]:
         "in_parts": rng.random() < 0.3,
         "escaped": rng.random() < 0.5,
     }
+
+
+def _invalid(rng: random.Random, history: History) -> list[Request]:
+    """Draw invalid requests among those of a history, with a valid one on the connection of each."""
+    lasts_s = min(max(step.at_s for step in history.steps), 5.0)
+    requests: list[Request] = []
+    for number in range(rng.randint(1, 3)):
+        key, worker, at_s = rng.randrange(len(history.keys)), rng.randint(0, 1), rng.random() * lasts_s
+        first = _request(rng, f"qi{number}", _any_answer(rng))
+        first = replace(first, invalid=rng.choice(list(INVALID)), keyed=rng.random() < 0.2, at_s=round(at_s, 3))
+        then = _request(rng, f"qj{number}", _any_answer(rng))
+        then = replace(then, at_s=round(at_s + rng.choice((0.0, 0.05, 1.0)), 3))
+        requests += [replace(each, key=key, worker=worker, connection=f"i{number}") for each in (first, then)]
+        if rng.random() < 0.2:
+            requests[-2] = _reading(rng, requests[-2])
+    return requests
 
 
 def _reading(rng: random.Random, request: Request, share: float = 0.7) -> Request:

@@ -46,10 +46,12 @@ from simulation.holds import (
     renewals_raise,
     thresholds_are_told,
 )
+from simulation.invalid import INVALID
 from simulation.limits import buckets_are_right, limits_hold
 from simulation.provider import Call
 from simulation.reasons import (
     deadlines_hold,
+    invalid_requests_are_refused,
     is_unpriced,
     may_not_use,
     met_deadline,
@@ -62,6 +64,7 @@ from simulation.told import failures_are_logged, ids_are_told, keys_are_told, re
 PING: Final = b": ping\n\n"
 REFUSED_WITH: Final = {"revoke": 401, "expire": 401, "suspend": 403, "suspend_account": 403}  # docs/errors.md
 MARKER: Final = re.compile(r"mk\d+q\w+?z")
+KEY: Final = re.compile(r"rsk_\w")  # a key of the gateway's, and not the words that say what one looks like
 MESH_FIELDS: Final = frozenset({"session_id", "timeout", "models", "template", "variables", "transforms", "cache"})
 CAPS: Final = frozenset({"max_tokens", "max_completion_tokens"})
 SENT_HEADERS: Final = frozenset(  # what a provider gets: the connection's, the upstream's own, and what is passed on
@@ -233,12 +236,12 @@ def bytes_are_ones_own(view: View) -> Iterator[str]:
         others = {found for found in MARKER.findall(sight.payload.decode(errors="replace")) if found != own}
         if others:
             yield f"{sight.request_id} got what belongs to {sorted(others)}"
-        if any("rsk_" in value for value in sight.headers.values()) or b"rsk_" in sight.payload:
+        if any(map(KEY.search, (*sight.headers.values(), sight.payload.decode(errors="replace")))):
             yield f"{sight.request_id} got a key"
         if PROVIDER_SECRET[:SECRET_PART].encode() in sight.payload:
             yield f"{sight.request_id} got the secret of a provider, or the beginning of it"
     for call in view.record.calls:
-        if any("rsk_" in value for value in call.headers.values()):
+        if any(map(KEY.search, call.headers.values())):
             yield f"{call.upstream} got a client's key"
     for line in view.record.quoted:
         yield f"the log has a request's text: {line}"
@@ -413,6 +416,8 @@ def changes_hold(view: View) -> Iterator[str]:
     for done in ends:
         holds_at = done.ended_at + (0.0 if done.what == "expire" else PROPAGATION_S)
         for sight in view.record.sights if not view.has_lost(done) else ():
+            if sight.request.invalid and INVALID[sight.request.invalid].names_no_key:
+                continue
             key, account = sight.request.key, view.key(sight)
             is_late = done.concerns(key, account) and sight.began_at > holds_at and sight.ended == "whole"
             refused_with = {REFUSED_WITH[other.what] for other in ends if other.concerns(key, account)}
@@ -445,6 +450,7 @@ RULES: Final[tuple[Rule, ...]] = (
     answers_are_prompt,
     streams_are_alive,
     statuses_have_reasons,
+    invalid_requests_are_refused,
     ids_are_told,
     refusals_are_told,
     requests_are_logged,

@@ -13,6 +13,7 @@ from simulation.client import Sight
 from simulation.history import DEFAULT_OUTPUT_TOKENS, LEASE_TOKENS, MAX_OUTPUT_TOKENS, TURNS
 from simulation.provider import TOKENS_OF_A_MESSAGE
 from simulation.reasons import (
+    REFUSED,
     TEMPLATE_TOKENS,
     WORKER_CHARACTERS,
     changed_limits,
@@ -27,7 +28,6 @@ DEFAULT_REQUESTS, DEFAULT_TOKENS = (
     600,
     1_000_000,
 )  # a minute, of a key without limits of its own (docs/configuration.md)
-REFUSED: Final = frozenset({401, 402, 403, 404, 409, 422, 429})  # by the gateway, before a request takes anything
 
 
 class Owner(NamedTuple):

@@ -1340,6 +1340,26 @@ PLANTED: Final = [
         "spent >= mark and spent - cost < mark",
         "spent >= mark",
     ),
+    # Invalid requests.
+    Planted("a temperature has no bound", "openai/request.py", "Annotated[float, Meta(ge=0, le=2)]", "float"),
+    Planted(
+        "an invalid request's error names no parameter",
+        "openai/errors.py",
+        "*details[:MAX_DETAILS], param=where or None",
+        "*details[:MAX_DETAILS], param=None",
+    ),
+    Planted(
+        "a body of text is read",
+        "server/chat.py",
+        'if content_type != "application/json" and not _is_json(content_type):',
+        'if content_type == "application/xml":',
+    ),
+    Planted(
+        "an invalid request ends its connection",
+        "server/chat.py",
+        "            keep_open = stream.keep_alive\n",
+        "            keep_open = stream.keep_alive = reply is None or reply.status < 413\n",
+    ),
     # Without the store.
     Planted(
         "a worker enforces half of its share",

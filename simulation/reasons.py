@@ -31,6 +31,7 @@ from simulation.history import (
     STORE_TIMEOUT_S,
     TEMPLATE,
 )
+from simulation.invalid import INVALID
 from simulation.provider import Call
 from simulation.record import HOP_S, LATENCY_S, PROPAGATION_S, RECOVERY_S, STORE, Sample, View, cut_short
 
@@ -46,6 +47,11 @@ HEAD_BYTES: Final = 1_000  # that an answer's headers and what the gateway adds 
 WORKER_CHARACTERS: Final = 12  # that the ids of a worker's holds begin with
 TEMPLATE_TOKENS: Final = 60  # that a template adds to a prompt at most
 REFUSALS: Final = frozenset({"request", "model"})  # what a provider may refuse, and not the gateway
+REFUSED: Final = frozenset(
+    {400, 401, 402, 403, 404, 405, 409, 413, 415, 422, 429}
+)  # by the gateway, before it takes anything
+FIRST: Final = frozenset({401, 403, 503})  # what refuses a request before anything is known of it
+NOT_ALLOWED, UNPROCESSABLE = 405, 422
 USD: Final = r"(-?[0-9]+\.[0-9]+)"
 BUDGET: Final = re.compile(
     rf"The (key|session|account) (total|daily|monthly) budget of {USD} USD leaves too little:"
@@ -60,7 +66,7 @@ def statuses_have_reasons(view: View) -> Iterator[str]:
         status = sight.status if sight.status != 200 else _status_of(code)
         if sight.ended != "whole" or status in {0, 200}:
             continue
-        if not any(reason(view, sight) for reason in REASONS.get(status, ())):
+        if not any(reason(view, sight) for reason in (_invalid, *REASONS.get(status, ()))):
             yield f"{sight.request_id}: {sight.status} {code} without a reason: {str(sight.error.get('message'))[:90]}"
 
 
@@ -81,6 +87,38 @@ def _status_of(code: object) -> int:
         "internal_error": 500,
     }
     return codes.get(str(code), 400)
+
+
+def _invalid(view: View, sight: Sight) -> bool:
+    """Whether it is what an invalid request gets."""
+    del view
+    wrong = INVALID.get(sight.request.invalid)
+    return wrong is not None and (sight.status, sight.error.get("code")) == (wrong.status, wrong.code)
+
+
+def invalid_requests_are_refused(view: View) -> Iterator[str]:
+    """Check that an invalid request is refused for what is wrong with it, costs nothing, and leaves its connection open.
+
+    What refuses a request whatever it asks for may come first: a key that was suspended, a store that is lost, a drain.
+    """
+    for sight in view.record.sights:
+        wrong = INVALID.get(sight.request.invalid)
+        if wrong is None:
+            continue
+        if view.calls.get(sight.marker) or sight.request_id in view.settled:
+            yield f"{sight.request_id} has {sight.request.invalid}, and was let through"
+        if sight.ended != "whole" or (sight.status in FIRST and sight.status != wrong.status):
+            continue
+        error, right = sight.error, {"status": wrong.status, "code": wrong.code, "param": wrong.param}
+        found = {"status": sight.status, "code": error.get("code"), "param": error.get("param")}
+        if found != right:
+            yield f"{sight.request_id} has {sight.request.invalid}, and got {found}; {right} would be right"
+        if (wrong.status == UNPROCESSABLE) is not bool(error.get("details")):
+            yield f"{sight.request_id} has {sight.request.invalid}, and the details are {error.get('details')}"
+        if wrong.status == NOT_ALLOWED and sight.headers.get("allow") != "POST":
+            yield f"{sight.request_id}: {sight.headers.get('allow')} is allowed"
+        if sight.headers.get("connection") == "close" and not view.feels(sight, "drained"):
+            yield f"{sight.request_id} has {sight.request.invalid}, and its connection is closed"
 
 
 def _revoked(view: View, sight: Sight) -> bool:
@@ -332,7 +370,7 @@ def _limited(view: View, sight: Sight) -> bool:
     counted = [
         other
         for other in others
-        if (other.status not in {401, 402, 403, 429} or "x-mesh-attempts" in other.headers)
+        if (other.status not in REFUSED or "x-mesh-attempts" in other.headers)
         and not (other.request.keyed and "idempotent-replayed" in other.headers)
     ]
     share = max(1, most_workers(view, sight))  # of each limit, at least one
@@ -415,13 +453,13 @@ def _is_lost(view: View, since: float, until: float) -> bool:
 def _may_go_on(view: View, sight: Sight) -> bool:
     """Whether a worker admits a request without the store: it served the key in the last hour, and its journal has room.
 
-    An Idempotency-Key and a template may need the store.
+    An Idempotency-Key, a template, and a key that is not known, may need the store.
     """
     request = sight.request
     disks = any(trouble.what.startswith("disk") for trouble in view.record.troubles)
     if not view.history.local or view.history.journal_bytes is not None or disks or sight.status == 200:
         return False
-    if request.keyed or request.template:
+    if request.keyed or request.template or request.invalid:
         return False
     worker = view.worker(sight)
     return any(

@@ -47,6 +47,7 @@ from simulation.history import (
     first_version,
     template_system,
 )
+from simulation.invalid import MAX_BODY_BYTES
 from simulation.judge import SECRET_PART, judge
 from simulation.provider import Provider
 from simulation.record import (
@@ -90,6 +91,7 @@ def toml(history: History, models: Mapping[str, Model]) -> str:
     lines = [
         "[server]",
         f"workers = 1\nfast_path = {str(history.fast_path).lower()}",
+        f"max_body_bytes = {MAX_BODY_BYTES}",
         f"heartbeat_s = {HEARTBEAT_S:g}\nwrite_timeout_s = {WRITE_TIMEOUT_S:g}\ndrain_s = {DRAIN_S:g}",
         "[log]\nlevel = 'info'",
         f"[redis]\nurl = 'redis://store'\ntimeout_s = {STORE_TIMEOUT_S:g}",

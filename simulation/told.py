@@ -11,6 +11,7 @@ from simulation.bills import is_lost, nusd, over_at, runs_on
 from simulation.breakers import routes_of
 from simulation.client import Sight, trace_of
 from simulation.history import HOLD_TTL_S, STORE_TIMEOUT_S, UPSTREAMS
+from simulation.invalid import INVALID
 from simulation.provider import FAILURE, Call
 from simulation.reasons import REFUSALS, changed_limits, met_deadline
 from simulation.record import HOP_S, PERIODS, RECOVERY_S, Look, View, cut_short, date_of
@@ -161,7 +162,8 @@ def requests_are_logged(view: View) -> Iterator[str]:
         lines.setdefault(line["request_id"], []).append(line)
     for sight in view.record.sights:
         found = lines.pop(sight.request_id, [])
-        is_due = sight.ended == "whole" and not view.feels(sight, "killed", until=over_at(view, sight))
+        is_chat = not sight.request.invalid or INVALID[sight.request.invalid].is_logged
+        is_due = is_chat and sight.ended == "whole" and not view.feels(sight, "killed", until=over_at(view, sight))
         if len(found) > 1 or (is_due and not found):
             yield f"{sight.request_id} has {len(found)} lines in the log"
         for line in found:

@@ -235,6 +235,10 @@ def threshold_untold(case):
     case.key(budget_nusd=COST)
 
 
+def let_through(case):
+    case.record.books = {0: book(settled())}
+
+
 def hold_too_large(case):
     case.record.books = {0: book(settled(held_nusd=4_100_000))}
 
@@ -389,6 +393,7 @@ BREAKS = [
     (false_503, "statuses_have_reasons"),
     (false_504, "statuses_have_reasons"),
     (internal_error, "statuses_have_reasons"),
+    (let_through, "invalid_requests_are_refused", Request("q0", invalid="no messages")),
     (false_wait, "waits_are_true"),
     (too_late, "deadlines_hold", Request("q0", timeout_s=2.0)),
     (limit_passed, "limits_hold"),

@@ -8,13 +8,15 @@ import json
 import pytest
 from msgspec.structs import replace
 
-from simulation.client import Idle
+from simulation.client import Idle, body_of
 from simulation.history import PROVIDER_SECRET, Answer, History, Request
+from simulation.invalid import INVALID, spoiled
 from simulation.record import Drain, Trouble
 from simulation.story import played
 from tests.simulation.judged import (
     BROKE,
     LINE,
+    MARKER,
     REASONS,
     REQUEST,
     STREAM,
@@ -522,3 +524,69 @@ def test_a_connection_without_a_request_is_closed_in_a_drain(idle, is_right):
     case.record.history = replace(case.record.history, workers=2)
     case.record.drains, case.record.idles = [Drain(0, SIGNAL, 11.4)], [idle]
     assert ("drains_end" not in {finding.rule for finding in judge(case.record)}) == is_right
+
+
+def invalid(name, status, code, param=None, **changes):
+    """Let the request have been invalid, and have got this error."""
+
+    def change(case):
+        refused(status, code, message="No.")(case)
+        error = {"code": code, "message": "No.", "param": param}
+        if changes.get("details", status == 422):
+            error["details"] = [{"type": "missing", "loc": ["body"], "msg": "No."}]
+        case.sight.request = replace(case.sight.request, invalid=name)
+        case.sight.payload = envelope(**error)
+        case.sight.headers |= {"allow": "POST"} if status == 405 else {}
+        case.sight.headers |= changes.get("headers", {})
+        case.record.books = {0: book()}
+        case.record.troubles = changes.get("troubles", [])
+
+    return change
+
+
+LET_THROUGH = {"invalid_requests_are_refused"}
+INVALID_ONES = {
+    "what it should get": (invalid("no messages", 422, "validation_error", "messages"), set()),
+    "no param": (invalid("no messages", 422, "validation_error"), LET_THROUGH),
+    "no details": (invalid("no messages", 422, "validation_error", "messages", details=False), LET_THROUGH),
+    "another code": (invalid("no messages", 422, "bad_request", "messages"), LET_THROUGH | REASONS),
+    "another status": (invalid("no messages", 404, "not_found"), LET_THROUGH | REASONS),
+    "another method": (invalid("another method", 405, "method_not_allowed"), set()),
+    "a method without those that may be used": (
+        invalid("another method", 405, "method_not_allowed", headers={"allow": "GET"}),
+        LET_THROUGH,
+    ),
+    "a connection that is closed": (
+        invalid("no messages", 422, "validation_error", "messages", headers={"connection": "close"}),
+        LET_THROUGH,
+    ),
+    "a connection that a drain closed": (
+        invalid(
+            "no messages",
+            422,
+            "validation_error",
+            "messages",
+            headers={"connection": "close"},
+            troubles=[Trouble("drained", 10.0, 12.0, 0)],
+        ),
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "broken"), INVALID_ONES.values(), ids=INVALID_ONES.keys())
+def test_an_invalid_request_gets_its_error(change, broken):
+    assert broken_by(change, REQUEST) == broken
+
+
+def test_an_invalid_request_is_not_let_through():
+    assert "invalid_requests_are_refused" in broken_by(lambda _: None, Request("q0", invalid="no messages"))
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_an_invalid_request_has_one_fault(name):
+    body = body_of(REQUEST, MARKER)
+    headers = {"content-type": "application/json", "authorization": "Bearer rsk_1"}
+    right = spoiled("", headers, body)
+    assert right == ("POST /v1/chat/completions", {**headers, "content-length": str(len(body))}, body)
+    assert spoiled(name, headers, body) != right
