@@ -24,6 +24,7 @@ from simulation.record import HOP_S, LATENCY_S, PERIODS, RECOVERY_S, View, date_
 
 WAY_BYTES: Final = 65_536  # under way to a client at most (docs/simulation.md)
 EVENT_BYTES: Final = 8  # of an event beside its data
+CHUNK_BYTES: Final = 7  # of HTTP's framing at most, if an event has a chunk of its own
 WRITTEN_S: Final = 0.5  # by which the way to a client is full sooner or later than its events tell
 CHECK_S: Final = 1.0  # how often the gateway looks whether clients take something, here
 SHORT_OF: Final = 2  # holds that an account has to have for a whole answer to go out without a cap (docs/api.md)
@@ -323,14 +324,15 @@ def _stall_faults(view: View, sight: Sight) -> Iterator[str]:
     It takes what fits on the way to it, so that time begins when that is full. Afterwards an answer may run on.
     """
     calls = view.own_calls(sight)
-    full_at = _full_at(sight, calls[-1]) if calls else None
-    if full_at is None or has_passed_deadline(sight):  # then it is given up already
+    full_at = _full_at(sight, calls[-1], EVENT_BYTES) if calls else None
+    full_from = _full_at(sight, calls[-1], EVENT_BYTES + CHUNK_BYTES) if calls else None
+    if full_at is None or full_from is None or has_passed_deadline(sight):  # then it is given up already
         return
-    least = max(full_at, sight.times[-1][0]) + WRITE_TIMEOUT_S - WRITTEN_S
+    least, latest = (max(at, sight.times[-1][0]) + WRITE_TIMEOUT_S - WRITTEN_S for at in (full_from, full_at))
     answer = calls[-1].answer
     rest_s = answer.gap_s * len(calls[-1].lines) + answer.pause_s + answer.lingers_s if runs_on(view, sight) else 0.0
     rest_s += IDLE_S if answer.is_silent and runs_on(view, sight) else 0.0
-    most = least + 2 * WRITTEN_S + 2 * CHECK_S + rest_s
+    most = latest + 2 * WRITTEN_S + 2 * CHECK_S + rest_s
     for event in () if view.clock_jumps or view.feels(sight, until=most) else view.settled.get(sight.request_id, ()):
         settled_at = int(event["settled_ms"]) / 1000 - view.record.store_offset_s
         is_given_up = event["outcome"] == "client_disconnected"
@@ -339,9 +341,9 @@ def _stall_faults(view: View, sight: Sight) -> Iterator[str]:
             yield f"{sight.request_id} was settled {took_s:.1f} s after its client had taken the last byte"
 
 
-def _full_at(sight: Sight, call: Call) -> float | None:
+def _full_at(sight: Sight, call: Call, framing_bytes: int) -> float | None:
     """Return when a stream had more than its client had read and the way to it takes; None if it had not."""
-    sizes = itertools.accumulate(len(line) + EVENT_BYTES for line in call.lines)
+    sizes = itertools.accumulate(len(line) + framing_bytes for line in call.lines)
     return next(
         (at for size, at in zip(sizes, call.lines_at, strict=False) if size > len(sight.payload) + WAY_BYTES), None
     )

@@ -440,6 +440,24 @@ def test_a_client_that_takes_nothing_is_given_up_in_time(settled_at, fields, is_
     assert ("holds_are_kept" not in {finding.rule for finding in judge(case.record)}) == is_right
 
 
+@pytest.mark.parametrize(
+    ("settled_at", "is_right"),
+    [
+        pytest.param(40.51, True, id="by the first event that may have filled it, with its chunk's framing"),
+        pytest.param(40.49, False, id="before that"),
+        pytest.param(44.99, True, id="by the event that surely filled it"),
+        pytest.param(45.01, False, id="after that"),
+    ],
+)
+def test_the_way_to_a_client_is_full_by_the_framing_of_its_events(settled_at, is_right):
+    case = Case(Request("q0", stream=True, reads="stalls"))
+    case.sight.ended, case.sight.ended_at = "left", 101.0
+    fills = len(case.sight.payload) + 65_536 - 8
+    case.call.lines, case.call.lines_at = ["-" * fills, "-" * 9], [11.0, 12.5]
+    case.record.books = {0: book(settled(settled_ms=round(settled_at * 1000), outcome="client_disconnected"))}
+    assert ("holds_are_kept" not in {finding.rule for finding in judge(case.record)}) == is_right
+
+
 STALLS = Request("q0", reads="stalls")
 SIGNAL = 10.5  # when an instance is told to end whose request ends at 11.0
 
