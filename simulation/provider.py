@@ -34,6 +34,8 @@ CREATED: Final = 1_764_000_000  # when the first answer was made
 USD_TOKENS: Final = 250_000  # of which any kind costs a dollar, by the provider's own figure
 ABSURD: Final = 10_000_000
 LINE: Final = b'data: {"id"'  # that an event with a chunk begins with
+GZIP: Final = b"\x1f\x8b"
+GZIP_TRAILER_BYTES: Final = 8  # RFC 1952, section 2.3
 FAILURE: Final = 502  # the code of an error that comes with status 200
 LIMIT_BYTES: Final = 1 << 22
 UNASKED: Final = frozenset(
@@ -380,7 +382,8 @@ def _note_sent(call: Call, events: list[Event], parts: list[bytes], sent: int) -
             break
         call.shown_begun += event.tokens
         at += len(part)
-        if at - (len(part) > len(event.data)) * 2 > sent:  # the end of a chunk says nothing
+        says_nothing = (len(part) > len(event.data)) * 2 + event.data.startswith(GZIP) * GZIP_TRAILER_BYTES
+        if at - says_nothing > sent:  # but for the end of a chunk, and of what is compressed
             break
         call.shown_sent += event.tokens
         call.events_sent += 1

@@ -259,6 +259,21 @@ FOUND = {
             ),
         ),
     ),
+    "the judge took a report for unsent whose compressed bytes were there but for their checksum": History(
+        20202386,
+        "found",
+        steps=(
+            Request(
+                "q2b",
+                at_s=0.511,
+                stream=True,
+                max_tokens=5,
+                prompt_words=1,
+                reads="hangs_up",
+                answers=(Answer("openrouter", 1, hidden=50, gap_s=0.2, lie="no_completion", pieces=200, gzip=True),),
+            ),
+        ),
+    ),
     "a stream that had ended took more of the local allowance": History(
         20194314,
         "found",
