@@ -178,14 +178,18 @@ def bound_without_credit(view: View, sight: Sight) -> Cost | None:
 
 
 def _at_served(view: View, sight: Sight, event: dict[str, str]) -> int:
-    """Return what the tokens that a hold covers cost, at most, in the service tier that served if that is dearer."""
-    held = costs = int(event["held_nusd"])
+    """Return what the tokens that a hold covers cost, at most, in the service tier that served if that is dearer.
+
+    Or in the tier of prices that the prompt has reached by a report, and not by the estimate for which it was held.
+    """
+    held, prompt = int(event["held_nusd"]), int(event["prompt_tokens"])
+    costs = held
     for call in view.own_calls(sight):
         for model in view.models(sight, event["model"]):
             asked, served = model.price_in(sight.request.tier), model.price_in(call.tier, sight.request.tier)
-            if served != asked:  # the prompt may have reached a tier of the dearer one's
-                reached = [price for above, price in served.tiers if above < int(event["prompt_tokens"])]
-                served = reached[-1] if reached else served
+            reached = [(above, price) for above, price in served.tiers if above < prompt]
+            if reached and (served != asked or least_held(call.body) <= reached[-1][0]):
+                served = reached[-1][1]
             for before, after in ((asked.input, served.input), (asked.output, served.output)):
                 costs = max(costs, -(-held * after // before)) if before else costs
     return costs

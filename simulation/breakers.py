@@ -30,6 +30,12 @@ ASKED_S: Final = 4 * HOP_S  # that an attempt is on its way to its provider: the
 What = Literal["failed", "answered", "refused", "unclear"]
 
 
+EJECTING: Final = frozenset({429, 503, 529})  # with a wait, for which the route is ejected
+LIMIT_S, MOST_EJECTED_S = 1.0, 60.0  # of a 429 without a wait; of any wait
+FAILED_S: Final = 5.0  # for which a route is ejected after as many failures in a row
+FAILED_IN_A_ROW: Final = 3
+
+
 class Result(NamedTuple):
     """One call of a worker's to a route, and what it shows. "refused": not a failure. "unclear": perhaps one."""
 
@@ -65,6 +71,73 @@ def breakers_hold(view: View) -> Iterator[str]:
     for sight in view.record.sights:
         if is_failing(sight):
             yield from _wait_faults(view, sight)
+
+
+def ejections_hold(view: View) -> Iterator[str]:
+    """Check that upstreams are asked in their order, but for those that are ejected, which are asked last."""
+    for sight in view.record.sights:
+        routes = [route for route in routes_of(view, sight) if UPSTREAMS[route[0]].is_there]
+        calls = view.own_calls(sight)[:1] if len(routes) > 1 and not view.is_anothers(sight) else []
+        for call in calls:
+            asked = call.upstream, model_of(call)
+            is_ejected = _is_surely_ejected(view, sight, *asked, call.at)
+            before = [route for route in routes if route != asked] if is_ejected else routes[: routes.index(asked)]
+            free = [
+                route
+                for route in before
+                if not _may_be_ejected(view, sight, *route, call.at) and not may_be_open(view, sight, *route)
+            ]
+            if free:
+                why = "is ejected" if is_ejected else "comes later"
+                yield f"{sight.request_id}: {asked[0]} was asked for {asked[1]}, which {why}, and not {free[0]}"
+
+
+def _ejected_s(call: Call) -> float:
+    """Return for how long a call's answer has its route ejected, by what it asks for."""
+    answer = call.answer
+    if call.ended != "error" or answer.status not in EJECTING:
+        return 0.0
+    return min(answer.wait_s or (LIMIT_S if answer.status == 429 else 0.0), MOST_EJECTED_S)
+
+
+def _calls_to(view: View, worker: int, upstream: str, model: str) -> Iterator[tuple[Call, bool]]:
+    """Return a worker's calls to a route, and whether each of them surely ran to its end there."""
+    for call in view.record.calls:
+        if (call.upstream, model_of(call)) == (upstream, model):
+            group = [sight for sight in view.record.sights if sight.marker == call.marker]
+            workers = {view.worker(sight) for sight in group}
+            if worker in workers:
+                stayed = all(sight.ended == "whole" and sight.request.timeout_s is None for sight in group)
+                yield call, stayed and len(workers) == 1
+
+
+def _is_surely_ejected(view: View, sight: Sight, upstream: str, model: str, until: float) -> bool:
+    """Whether a route was surely ejected from a request's beginning until a time."""
+    worker = view.worker(sight)
+    if any(trouble.worker == worker for trouble in view.record.troubles):
+        return False  # another process knows nothing of it
+    for call, is_sure in _calls_to(view, worker, upstream, model):
+        if is_sure and call.ended_at + HOP_S < sight.began_at and until < call.ended_at + _ejected_s(call):
+            return True
+    known = _results(view, worker, upstream, model)
+    ended = [each for each in known if each.ended_at + HOP_S < sight.began_at][-FAILED_IN_A_ROW:]
+    if len(ended) < FAILED_IN_A_ROW or until >= ended[-1].ended_at + FAILED_S:
+        return False
+    since, last_at = ended[0].ended_at - HOP_S, ended[-1].ended_at + HOP_S
+    return all(each.what == "failed" for each in known if since <= each.ended_at <= last_at)
+
+
+def _may_be_ejected(view: View, sight: Sight, upstream: str, model: str, until: float) -> bool:
+    """Whether a route may have been ejected at some time from a request's beginning until another."""
+    failures: list[float] = []
+    for call, is_sure in _calls_to(view, view.worker(sight), upstream, model):
+        if call.at <= until:
+            ended_at = call.ended_at or math.inf
+            if _ejected_s(call) and sight.began_at <= ended_at + _ejected_s(call) + 2 * HOP_S:
+                return True
+            if not (is_sure and call.answer.is_good):
+                failures.append(ended_at)
+    return len(failures) >= FAILED_IN_A_ROW and sight.began_at <= max(failures) + FAILED_S + 2 * HOP_S
 
 
 def is_failing(sight: Sight) -> bool:

@@ -34,7 +34,7 @@ from simulation.books import (
     sources_are_told,
     tokens_are_reported,
 )
-from simulation.breakers import breakers_hold
+from simulation.breakers import breakers_hold, ejections_hold
 from simulation.client import Sight
 from simulation.history import PROVIDER_SECRET, UPSTREAMS, WRITE_TIMEOUT_S, rendered
 from simulation.holds import (
@@ -466,6 +466,8 @@ RULES: Final[tuple[Rule, ...]] = (
     thresholds_are_told,
     failover_happens,
     breakers_hold,
+    ejections_hold,
+    ejections_hold,
     repeats_agree,
     conflicts_are_refused,
     changes_hold,

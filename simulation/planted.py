@@ -1469,6 +1469,42 @@ PLANTED: Final = [
         "            amount = max(settlement.cost_nusd - held_by_redis_nusd, 0)\n",
         "            amount = max(self._owed.get(settlement.hold_id, ('', 0))[1], settlement.cost_nusd)\n",
     ),
+    Planted(
+        "a wait doesn't eject an upstream",
+        "gateway/health.py",
+        "        if wait_s:\n            route = self._route\n",
+        "        if wait_s > 1e9:\n            route = self._route\n",
+    ),
+    Planted(
+        "failures in a row don't eject an upstream",
+        "gateway/health.py",
+        "            if route.failures >= OUTLIER_FAILURES:\n",
+        "            if route.failures >= OUTLIER_FAILURES * 100:\n",
+    ),
+    Planted(
+        "an upstream is ejected for ten times its wait",
+        "gateway/health.py",
+        "route.ejected_until = max(route.ejected_until, self._health.clock() + wait_s)",
+        "route.ejected_until = max(route.ejected_until, self._health.clock() + wait_s * 10)",
+    ),
+    Planted(
+        "one failure ejects an upstream",
+        "gateway/health.py",
+        "            if route.failures >= OUTLIER_FAILURES:\n",
+        "            if route.failures >= 1:\n",
+    ),
+    Planted(
+        "the last upstream is asked first",
+        "policy/route_health.py",
+        "    return available + [candidate",
+        "    return available[::-1] + [candidate",
+    ),
+    Planted(
+        "an ejected upstream isn't asked at all",
+        "policy/route_health.py",
+        "    return available + [candidate for _, candidate in sorted(ejected, key=lambda pair: pair[0])]",
+        "    return available or [candidate for _, candidate in sorted(ejected, key=lambda pair: pair[0])]",
+    ),
     # Drains, and bodies that don't end.
     Planted(
         "a drain doesn't wait for what runs without its client",

@@ -345,6 +345,11 @@ def ended_late(case):
     case.record.drains = [Drain(0, 10.5, 12.0)]
 
 
+def second_asked_first(case):
+    case.serve("pair")
+    case.call.upstream, case.call.body["model"] = "two", "up-pair"
+
+
 def left_behind(case):
     case.record.left = ["tasks: gateway-0: settle"]
 
@@ -407,6 +412,7 @@ BREAKS = [
     (tokens_kept, "buckets_are_right"),
     (not_failed_over, "failover_happens"),
     (asked_in_spite_of_failures, "breakers_hold"),
+    (second_asked_first, "ejections_hold", Request("q0", model="pair")),
     (repeats_differ, "repeats_agree"),
     (revoked_and_served, "changes_hold"),
     (model_not_allowed, "requests_are_clean"),

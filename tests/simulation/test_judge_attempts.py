@@ -4,10 +4,11 @@ Both sides of each bound: rows are a change of the good record, its request, and
 """
 
 import pytest
+from msgspec.structs import replace
 
 from simulation.breakers import FAILING
 from simulation.client import trace_of
-from simulation.history import Answer, Request
+from simulation.history import MODELS, Answer, Request
 from simulation.provider import Bill, Call
 from simulation.record import Trouble
 from tests.simulation.judged import (
@@ -19,6 +20,7 @@ from tests.simulation.judged import (
     PAIR,
     REASONS,
     REQUEST,
+    STREAM,
     STREAMED,
     WAITS,
     Case,
@@ -387,3 +389,54 @@ def test_a_deadline_may_pass_while_a_provider_is_connected_to(status, timeout_s,
     case.record.calls = []
     found = {finding.rule for finding in judge(case.record)}
     assert found & {"attempts_are_told", "waits_are_told"} == broken
+
+
+GOOD = Answer()
+BUSY, SHORT_OF_IT = Answer(status=503, error="busy", wait_s=2.0), Answer(status=429, error="limit")
+LONG_BUSY, AT_ONCE = Answer(status=529, error="busy", wait_s=90.0), Answer(status=503, error="busy")
+
+
+@pytest.mark.parametrize(
+    ("asked", "answers", "is_right"),
+    [
+        pytest.param("one", [], True, id="the first"),
+        pytest.param("two", [], False, id="the second"),
+        pytest.param("one", [(BUSY, 8.09)], True, id="one whose wait is over"),
+        pytest.param("one", [(BUSY, 8.11)], False, id="one whose wait isn't over"),
+        pytest.param("one", [(BUSY, 9.89)], False, id="one that has just said so"),
+        pytest.param("one", [(BUSY, 9.91)], True, id="one that says so"),
+        pytest.param("one", [(AT_ONCE, 9.8)], True, id="one that asks for no wait"),
+        pytest.param("one", [(SHORT_OF_IT, 9.11)], False, id="one with a limit"),
+        pytest.param("one", [(SHORT_OF_IT, 9.09)], True, id="one with a limit a second ago"),
+        pytest.param("one", [(LONG_BUSY, -49.8)], False, id="one that asks for more than a minute"),
+        pytest.param("one", [(LONG_BUSY, -50.0)], True, id="one that asked for more than a minute"),
+        pytest.param("two", [(BUSY, 7.81)], True, id="another whose wait may not be over"),
+        pytest.param("two", [(BUSY, 7.79)], False, id="another whose wait is over"),
+        pytest.param("two", [(LONG_BUSY, -50.3)], False, id="another that asked for a minute"),
+        pytest.param("one", [(BROKE, 5.11)] * 3, False, id="one that failed three times"),
+        pytest.param("one", [(BROKE, 5.09)] * 3, True, id="one that failed three times before"),
+        pytest.param("one", [(BROKE, 9.0)] * 2, True, id="one that failed twice"),
+        pytest.param("one", [(BROKE, 9.0), (BROKE, 9.2), (GOOD, 9.4), (BROKE, 9.6)], True, id="one that has answered"),
+        pytest.param("two", [(BROKE, 4.81)] * 3, True, id="another that may be ejected"),
+        pytest.param("two", [(BROKE, 4.79)] * 3, False, id="another that isn't ejected any more"),
+        pytest.param("two", [(BROKE, 9.0)] * 2, False, id="another that failed twice"),
+    ],
+)
+@pytest.mark.parametrize(("worker", "is_known"), [(0, True), (1, False)])
+def test_an_ejected_upstream_is_asked_last(asked, answers, is_right, worker, is_known):
+    """Of a pair, by a request that came at 10.0 and was at its provider at 10.1."""
+    case = Case(PAIR_STREAM)
+    case.serve("pair")
+    case.record.prices = [(-60.0, MODELS)]
+    case.call.upstream, case.call.body["model"] = asked, "up-pair"
+    for number, (answer, ended_at) in enumerate(answers):
+        failed_before(1, ended_at, worker=worker)(case)
+        sight, call = case.record.sights[-1], case.record.calls[-1]
+        sight.request, sight.marker, sight.request_id = PAIR_STREAM, f"mk1q{number + 1}z", f"id-q{number + 1}"
+        call.marker, call.answer, call.ended = sight.marker, answer, "whole" if answer is GOOD else "error"
+        call.body["model"] = "up-pair"
+        if answer is GOOD:
+            sight.status, sight.payload = 200, STREAM
+    case.record.history = replace(case.record.history, workers=2)
+    expected = is_right if is_known else asked == "one"
+    assert ("ejections_hold" not in {finding.rule for finding in judge(case.record)}) == expected

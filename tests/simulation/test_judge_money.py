@@ -179,6 +179,17 @@ def out_of_credit_in_a_dearer_tier(cost):
     return change
 
 
+def out_of_credit_in_a_tier(cost, prompt):
+    """Let a stream have ended for lack of credit, with a prompt for which another tier of prices begins above 20 tokens."""
+
+    def change(case):
+        out_of_credit(cost, model="tiered", prompt_tokens=prompt)(case)
+        case.serve("tiered")
+        case.call.body["model"] = "up-tiered"
+
+    return change
+
+
 def held(amount):
     """Let the request have held so much."""
 
@@ -269,6 +280,7 @@ def beyond(excess, *, made=8, shown=8, **call):
 MESSAGE_BYTES = len(json.dumps([{"role": "user", "content": f"{MARKER}: the river is old, and"}]))
 PROMPT_HELD = MESSAGE_BYTES // 3 + 12  # tokens, by the coarsest estimate
 FULL_HOLD = PROMPT_HELD * 2_500 + 400 * 10_000
+TIERED = Request("q0", model="tiered", stream=True)
 SERVED = Request("q0", model="served", tier="flex", stream=True)
 SLICE_NUSD = PROMPT_HELD * 2_500 + (12 + 16) * 10_000 - 100_000  # with 8 tokens seen, beside a hold of 100,000
 MONEY = {
@@ -300,6 +312,18 @@ MONEY = {
     "a head that nothing ended": (gone_in_the_head(0), REQUEST, BILLS),
     "a hold and a slice of a dearer tier": (out_of_credit_in_a_dearer_tier(500_000 + 16 * 30_000), SERVED, set()),
     "more than that": (out_of_credit_in_a_dearer_tier(500_001 + 16 * 30_000), SERVED, BILLS),
+    "a hold and a slice of a tier that was reached": (
+        out_of_credit_in_a_tier(200_000 + 16 * 20_000 + 5_000, 21),
+        TIERED,
+        set(),
+    ),
+    "more than a hold of that tier": (out_of_credit_in_a_tier(200_001 + 16 * 20_000 + 5_000, 21), TIERED, BILLS),
+    "a hold and a slice of no higher tier": (out_of_credit_in_a_tier(100_000 + 16 * 20_000, 20), TIERED, set()),
+    "more than a hold of no higher tier": (
+        out_of_credit_in_a_tier(100_001 + 16 * 20_000, 20),
+        TIERED,
+        BILLS | OVERDRAWN,
+    ),
     "a hold and a slice for each of two": (out_of_credit(100_000 + 320_000), Request("q0", stream=True, n=2), set()),
     "a whole answer at its hold": (beyond(0), REQUEST, set()),
     "a whole answer beyond its hold": (beyond(1), REQUEST, OVERDRAWN),
