@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 from simulation.bills import is_usage_only, over_at, ran_short, runs_on, without_cost
 from simulation.breakers import may_be_open, model_of
-from simulation.client import Sight
+from simulation.client import Sight, data_of
 from simulation.history import (
     DRAIN_S,
     FIRST_BYTE_S,
@@ -41,6 +41,8 @@ LAST_WORDS_S: Final = 4.0  # in which what is cut short is told so: streams, and
 SETTLED_S: Final = 30.0  # in which an instance settles without its store or its disk
 RETRIES: Final = 10  # second attempts that a worker may make
 RETRIES_WITHIN_S: Final = 20.0  # of which some count that were up to so long ago
+WAY_S: Final = 3 * HOP_S  # of an answer, with which a date comes nearer
+MS: Final = 0.001  # to which a wait is rounded up
 HOLD_S: Final = 2.0  # `server.first_event_hold_s`, which holds a stream's head back
 Verdict = Literal["next", "model", "end", "either"]
 
@@ -92,9 +94,9 @@ def _arrivals(sight: Sight) -> Iterator[tuple[str, float]]:
         size += len(event) + 2
         while reached < size:
             at, reached = next(times, (sight.ended_at, size))
-        for line in event.decode(errors="replace").split("\n"):
-            if line.startswith("data: "):
-                yield without_cost(line.removeprefix("data: ")), at
+        data = data_of(event.decode(errors="replace"))
+        if data is not None:
+            yield without_cost(data), at
 
 
 def streams_are_alive(view: View) -> Iterator[str]:
@@ -312,7 +314,7 @@ def waits_are_told(view: View) -> Iterator[str]:
             yield f"{sight.request_id}: {sight.status} {sight.error.get('code')} with Retry-After {wait_s}"
         if calls and not view.is_anothers(sight) and sight.status in {502, 503}:
             expected = _waits_of(sight, calls)
-            if expected is not None and wait_s not in expected:
+            if expected is not None and not any(_is_within(wait_s, each) for each in expected):
                 yield f"{sight.request_id}: its wait is {wait_s}, and {sorted(map(str, expected))} were the providers'"
         if sight.status == 429 and wait_s is not None and view.first_jump > sight.ended_at:
             shared = most_workers(view, sight)
@@ -359,20 +361,32 @@ def _used(view: View, sight: Sight) -> int:
     return sum(int(event["prompt_tokens"]) + int(event["completion_tokens"]) for event in events)
 
 
-def _waits_of(sight: Sight, calls: list[Call]) -> set[float | None] | None:
-    """Return what the answer's wait may be, by what the providers said; None: it isn't known."""
-    limited = [call.answer for call in calls if call.answer.error and call.answer.status == 429]
+def _is_within(wait_s: float | None, told: tuple[float, float] | None) -> bool:
+    return wait_s is None if told is None else wait_s is not None and told[0] <= wait_s <= told[1]
+
+
+def _waits_of(sight: Sight, calls: list[Call]) -> list[tuple[float, float] | None] | None:
+    """Return what the answer's wait may be, at least and at most, by what the providers said; None: it isn't known.
+
+    None among them: no wait. A date is nearer when it is read.
+    """
     if sight.error.get("code") == "provider_not_available":
+        limited = [call for call in calls if call.answer.error and call.answer.status == 429]
         waits = [
-            max(answer.wait_s or 0.0, QUOTA_S) if answer.error == "quota" else answer.wait_s or 1.0
-            for answer in limited
+            (max(call.wait_s or 0.0, QUOTA_S),) * 2 if call.answer.error == "quota" else _told_wait(call) or (1.0, 1.0)
+            for call in limited
         ]
-        return {min(waits)} if waits else None
+        return [min(waits)] if waits else None
     if sight.error.get("code") == "upstream_error":
-        return {
-            call.answer.wait_s if call.answer.error and call.answer.status in NO_CAPACITY else None for call in calls
-        }
+        return [_told_wait(call) if call.answer.error and call.answer.status in NO_CAPACITY else None for call in calls]
     return None
+
+
+def _told_wait(call: Call) -> tuple[float, float] | None:
+    """Return the least and the most that a provider's wait may be when the gateway has read it."""
+    if call.wait_s is None or not call.answer.dated:
+        return None if call.wait_s is None else (call.wait_s, call.wait_s)
+    return call.wait_s - WAY_S - call.answer.pause_s, call.wait_s + MS
 
 
 def _may_say_no(view: View, sight: Sight, calls: list[Call], wait_s: float | None) -> bool | None:

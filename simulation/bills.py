@@ -384,7 +384,7 @@ def _tokens(line: str) -> int:
 def text_of(line: str) -> str:
     """Return the text of an event's or an answer's choices, once each."""
     try:
-        told = json.loads(line)
+        told = json.loads(line.removeprefix("\ufeff"))
     except ValueError:
         return ""
     texts = []

@@ -69,8 +69,13 @@ class Sight(Struct):
 @lru_cache(MOST_PARSED)
 def _data_of(payload: bytes) -> tuple[str, ...]:
     *whole, _ = payload.decode(errors="replace").split("\n\n")
-    lines = [line for event in whole for line in event.split("\n")]
-    return tuple(line.removeprefix("data: ") for line in lines if line.startswith("data: "))
+    return tuple(data for data in map(data_of, whole) if data is not None)
+
+
+def data_of(event: str) -> str | None:
+    """Return an event's data, of all its lines of it; None without one."""
+    lines = [line[5:].removeprefix(" ") for line in event.split("\n") if line.startswith("data:")]
+    return "\n".join(lines) if lines else None
 
 
 @lru_cache(MOST_PARSED)

@@ -253,6 +253,9 @@ ENDINGS: Mapping[str, tuple[str, int]] = {  # after the words of its own message
     "unicode": (" Größe: 5 m², Привет, мир; 東京 🙂 e\u0301", 17),
     "escapes": (' a "quoted" line\n\tand \\ back/slash \u0001 \u2028 <b>&amp;', 18),
 }
+# What an answer's bytes may be beside a stream's usual ones (WHATWG HTML, "Server-sent events", 9.2.6): a byte order mark,
+# lines that end in CR or CRLF, no space after `data:`, an event's data in two lines.
+FORMS = ("bom", "crlf", "cr", "bare", "lines", "bare+crlf", "lines+cr", "bom+bare+lines+crlf")
 WITH_INVALID = 0.08  # of all histories have invalid requests
 KEPT_BYTES = (None, None, 1_500, 3_000)  # of an answer with an Idempotency-Key; None: the gateway's default
 TEMPLATE = "greeting"
@@ -282,7 +285,7 @@ class Answer(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     `lingers_s`: between its last event and the end of its body. `status`: an error's, or 200; `error` is which. `at`: the
     share of the body that is sent before the end. `pieces`: in how many bytes writes are cut; 0: an event each.
     `heeds_cap`: whether a cap stops it. `bulk`: bytes that each event has beside its text. `tier`: the service tier that
-    it names; "asked": the request's.
+    it names; "asked": the request's. `form`: in which bytes it is written, of FORMS. `dated`: its wait is told as a date.
     """
 
     dialect: str = "openai"
@@ -310,6 +313,8 @@ class Answer(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     lingers_s: float = 0.0
     bulk: int = 0
     tier: str = ""
+    form: str = ""
+    dated: bool = False
 
     @property
     def is_good(self) -> bool:
@@ -1157,6 +1162,9 @@ def _any_answer(rng: random.Random) -> Answer:
             answer = replace(answer, end=rng.choice(("done_twice", "late_error")))
     if rng.random() < 0.1:
         answer = replace(answer, heeds_cap=False)
+    if rng.random() < 0.08:
+        pieces = rng.choice((answer.pieces, 0, 1, -1, -3))  # the end of a line may come alone
+        answer = replace(answer, form=rng.choice(FORMS), pieces=pieces)
     return answer
 
 
@@ -1216,7 +1224,8 @@ def _bad_answer(rng: random.Random) -> Answer:
             )
         )
         wait_s = rng.choice((None, 1.0, 7.0, 90.0)) if status in {429, 503, 529} else None
-        return replace(answer, status=status, error=error, wait_s=wait_s)
+        dated = wait_s is not None and wait_s > 1 and rng.random() < 0.3
+        return replace(answer, status=status, error=error, wait_s=wait_s, dated=dated)
     end = rng.choice(("resets", "resets", "closes", "closes", "stalls", "error_event", "no_done", "ends_early"))
     return replace(
         answer, end=end, at=rng.choice((0.0, 0.001, 0.05, 0.3, 0.5, 0.8, 0.95, 0.999, round(rng.random(), 3)))

@@ -35,7 +35,7 @@ from simulation.books import (
     tokens_are_reported,
 )
 from simulation.breakers import breakers_hold, ejections_hold
-from simulation.client import Sight
+from simulation.client import Sight, data_of
 from simulation.history import PROVIDER_SECRET, UPSTREAMS, WRITE_TIMEOUT_S, rendered
 from simulation.holds import (
     budgets_hold,
@@ -192,7 +192,7 @@ def answers_are_not_lost(view: View) -> Iterator[str]:
             if sorted(got) != sorted(sent):
                 yield f"{sight.request_id}: other text than the provider's"
         elif not sight.is_stream:
-            if sight.payload != call.body_bytes and sight.payload != call.body_bytes.lstrip():
+            if sight.payload not in {call.body_bytes, call.body_bytes.lstrip()}:
                 yield f"{sight.request_id}: other bytes than the provider's"
         else:
             yield from _stream_faults(sight, call)
@@ -202,11 +202,10 @@ def _stream_faults(sight: Sight, call: Call) -> Iterator[str]:
     """Find where a stream differs from the provider's, its usage chunks aside; `id:` and `retry:` don't pass."""
     got = [without_cost(line) for line in sight.data[:-1] if not is_usage_only(line)]
     sent = [line for line in call.lines if not is_usage_only(line)]
-    if got != sent:
-        at = next(
-            (at for at, (one, other) in enumerate(zip(got, sent, strict=False)) if one != other),
-            min(len(got), len(sent)),
-        )
+    pairs = zip(got, sent, strict=False)
+    at = next((at for at, (one, other) in enumerate(pairs) if not _is_passed_on(one, other)), None)
+    if at is not None or len(got) != len(sent):
+        at = min(len(got), len(sent)) if at is None else at
         yield f"{sight.request_id}: event {at} of {len(sent)} isn't the provider's ({len(got)} came)"
     others = [(sum(not is_usage_only(each) for each in call.lines[:at]), line) for at, line in call.others]
     came = list(_beside_data(sight))
@@ -219,14 +218,21 @@ def _stream_faults(sight: Sight, call: Call) -> Iterator[str]:
         yield f"{sight.request_id}: {len(chunks)} usage chunks"
 
 
+def _is_passed_on(got: str, sent: str) -> bool:
+    """Whether an event's data is the provider's. One with a cost is written in one line."""
+    return got == sent or ('"usage"' in sent and got == sent.replace("\n", " "))
+
+
 def _beside_data(sight: Sight) -> Iterator[tuple[int, str]]:
     """Return a stream's lines that are neither data nor the gateway's own comments, with the number of events before each."""
     before = 0
-    for line in sight.payload.decode(errors="replace").split("\n"):
-        if line.startswith("data: "):
-            before += not is_usage_only(line.removeprefix("data: "))
-        elif line and line != ": ping" and not line.startswith(": x-mesh-cost="):
-            yield before, line
+    for event in sight.payload.decode(errors="replace").split("\n\n"):
+        others = [line for line in event.split("\n") if line and not line.startswith("data:")]
+        data = data_of(event)
+        before += data is not None and not is_usage_only(data)
+        for line in others:
+            if line != ": ping" and not line.startswith(": x-mesh-cost="):
+                yield before, line
 
 
 def bytes_are_ones_own(view: View) -> Iterator[str]:
@@ -373,13 +379,13 @@ def repeats_agree(view: View) -> Iterator[str]:
 def _text(sight: Sight) -> tuple[str, ...]:
     """Return the events that a client got, without costs and what it may not have asked for; or its whole answer."""
     lines = [line for line in sight.data if not is_usage_only(line)] if sight.is_stream else [sight.payload.decode()]
-    return tuple(without_cost(line).lstrip() for line in lines if line != "[DONE]")
+    return tuple(without_cost(line).replace("\n", " ").lstrip() for line in lines if line != "[DONE]")
 
 
 def _text_given(call: Call) -> tuple[str, ...]:
     """Return what a client gets of a whole answer, as `_text` has it."""
     lines = [line for line in call.lines if not is_usage_only(line)] if call.lines else [call.body_bytes.decode()]
-    return tuple(line.lstrip() for line in lines)
+    return tuple(line.replace("\n", " ").lstrip() for line in lines)
 
 
 def conflicts_are_refused(view: View) -> Iterator[str]:

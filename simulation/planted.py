@@ -1360,6 +1360,43 @@ PLANTED: Final = [
         "            keep_open = stream.keep_alive\n",
         "            keep_open = stream.keep_alive = reply is None or reply.status < 413\n",
     ),
+    # A provider's bytes.
+    Planted(
+        "a byte order mark is left in a stream",
+        "openai/event_stream.py",
+        "                event = event.removeprefix(BOM)\n",
+        "                pass\n",
+    ),
+    Planted(
+        "a CR alone ends no line",
+        "openai/event_stream.py",
+        'payload.replace(b"\\r\\n", b"\\n").replace(b"\\r", b"\\n") if',
+        'payload.replace(b"\\r\\n", b"\\n") if',
+    ),
+    Planted(
+        "a CRLF that is cut in two ends two lines",
+        "openai/event_stream.py",
+        'if self._cr and payload.startswith(b"\\n"):',
+        'if self._cr and payload.startswith(b"\\n\\n"):',
+    ),
+    Planted(
+        "the first byte after data: isn't read",
+        "openai/events.py",
+        'data.append(value.removeprefix(b" "))',
+        "data.append(value[1:])",
+    ),
+    Planted(
+        "the last data line of an event is read alone",
+        "openai/events.py",
+        'Event(b"\\n".join(data).strip(), name',
+        'Event(b"".join(data[-1:]).strip(), name',
+    ),
+    Planted(
+        "a wait that is a date isn't read",
+        "policy/failover.py",
+        "return parsedate_to_datetime(text).timestamp()",
+        "return None",
+    ),
     # Without the store.
     Planted(
         "a worker enforces half of its share",

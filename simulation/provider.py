@@ -8,10 +8,14 @@ import asyncio
 import gzip
 import itertools
 import json
+import re
+import time
 from collections.abc import Callable, Iterator, Mapping
+from email.utils import formatdate, parsedate_to_datetime
 from typing import Any, Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from simulation.history import ENDINGS, OPTIONS, TURNS, Answer, Outage, Request
 
@@ -33,7 +37,7 @@ CITATION_TOKENS: Final = 5  # Perplexity's, beside the prompt
 CREATED: Final = 1_764_000_000  # when the first answer was made
 USD_TOKENS: Final = 250_000  # of which any kind costs a dollar, by the provider's own figure
 ABSURD: Final = 10_000_000
-LINE: Final = b'data: {"id"'  # that an event with a chunk begins with
+BOM: Final = b"\xef\xbb\xbf"
 GZIP: Final = b"\x1f\x8b"
 GZIP_TRAILER_BYTES: Final = 8  # RFC 1952, section 2.3
 FAILURE: Final = 502  # the code of an error that comes with status 200
@@ -100,12 +104,18 @@ class Call(Struct):
     ended: str = ""
     ended_at: float = 0.0
     text: str = ""
+    dated_wait_s: float = 0.0  # until the date that an error tells, when it is sent
     created: int = CREATED  # no two answers are the same
 
     @property
     def said(self) -> str:
         """The marker in the request's text."""
         return self.text or self.marker
+
+    @property
+    def wait_s(self) -> float | None:
+        """The wait that an error asks for."""
+        return self.dated_wait_s if self.answer.dated else self.answer.wait_s
 
 
 class Event(Struct, frozen=True):
@@ -115,6 +125,7 @@ class Event(Struct, frozen=True):
     tokens: int = 0
     has_report: bool = False
     is_done: bool = False
+    is_line: bool = False  # it has one of the call's `lines`
 
 
 class Provider:
@@ -269,8 +280,11 @@ class _Link(asyncio.Protocol):
             return
         streams = bool(call.body.get("stream")) != answer.other_shape
         if answer.error:
-            status, headers, body = error_of(answer, call.said, call.headers)
+            now = time.time()
+            status, headers, body = error_of(answer, call.said, call.headers, now)
             call.body_bytes = body
+            if answer.dated:
+                call.dated_wait_s = parsedate_to_datetime(headers["retry-after"]).timestamp() - now
             await self._send(call, status, headers, [Event(body)], "length")
             call.ended = "error"
             return
@@ -329,7 +343,7 @@ class _Link(asyncio.Protocol):
             before = call.events_sent
             _note_sent(call, events, parts, sent)
             now = call.last_at = asyncio.get_running_loop().time()
-            call.lines_at += [now for event in events[before : call.events_sent] if event.data.startswith(LINE)]
+            call.lines_at += [now for event in events[before : call.events_sent] if event.is_line]
             await self._may_write.wait()
         if self.is_lost and sent < total:
             call.ended = "closed"
@@ -432,6 +446,7 @@ class Making:
     def __init__(self, call: Call) -> None:
         self._call, self._answer, body = call, call.answer, call.body
         answer = self._answer
+        self._form = answer.form.split("+")
         caps = [body[name] for name in ("max_tokens", "max_completion_tokens") if isinstance(body.get(name), int)]
         wanted = answer.words + answer.hidden
         made = min([wanted, *caps]) if answer.heeds_cap else wanted
@@ -545,11 +560,26 @@ class Making:
         data = json.dumps(answer).encode()
         if self._answer.dialect == "deepseek":
             data = b"\n" * self._answer.comments + data
+        if "bom" in self._form:
+            data = BOM + data
         self._call.body_bytes = data
         return Event(data, self._call.shown, bool(self._call.is_true), is_done=True)
 
     def events(self) -> list[Event]:
         """Make a stream."""
+        made = [replace(event, data=self._formed(event.data)) for event in self._events()]
+        if made and "bom" in self._form:
+            made[0] = replace(made[0], data=BOM + made[0].data)
+        return made
+
+    def _formed(self, data: bytes) -> bytes:
+        """Return an event's bytes in the answer's form."""
+        if "bare" in self._form:
+            data = re.sub(rb"^data: ", b"data:", data, flags=re.MULTILINE)
+        ends = b"\r\n" if "crlf" in self._form else b"\r" if "cr" in self._form else b"\n"
+        return data.replace(b"\n", ends)
+
+    def _events(self) -> list[Event]:
         answer, call = self._answer, self._call
         made: list[Event] = [Event(b": keep-alive\n\n")] * answer.comments
         call.others = [(0, ": keep-alive")] * answer.comments
@@ -604,12 +634,15 @@ class Making:
 
     def _event(self, members: dict[str, Any], tokens: int = 0, *, has_report: bool = False) -> Event:
         text = json.dumps({**self._base, "object": "chat.completion.chunk", **members})
+        if "lines" in self._form:
+            text = text.replace(', "choices"', ',\n"choices"', 1)
         self._call.lines.append(text)
         more = b""
         if self._answer.comments == 1 and tokens and not has_report:
             more = b"\nevent: chunk\nid: %d" % len(self._call.lines)
             self._call.others.append((len(self._call.lines), "event: chunk"))
-        return Event(b"data: " + text.encode() + more + b"\n\n", tokens, has_report)
+        data = text.replace("\n", "\ndata: ").encode()
+        return Event(b"data: " + data + more + b"\n\n", tokens, has_report, is_line=True)
 
     def _chunk_of(self, index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": finish}
@@ -665,11 +698,13 @@ def _echo(answer: Answer, sent: Mapping[str, str]) -> str:
     return secret if answer.words % 2 else secret[: len(secret) // 2 + 2]
 
 
-def error_of(answer: Answer, marker: str, sent: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:
-    """Return an error's status, headers and body."""
+def error_of(
+    answer: Answer, marker: str, sent: Mapping[str, str], now: float = 0.0
+) -> tuple[int, dict[str, str], bytes]:
+    """Return an error's status, headers and body, at a Unix time."""
     headers = {"content-type": "application/json"}
     if answer.wait_s is not None:
-        headers["retry-after"] = f"{answer.wait_s:g}"
+        headers["retry-after"] = formatdate(now + answer.wait_s, usegmt=True) if answer.dated else f"{answer.wait_s:g}"
     if answer.error == "page":
         return 200, {"content-type": "text/html"}, b"<html><title>Welcome</title></html>"
     if answer.error == "empty":
