@@ -33,6 +33,9 @@ REPEATED_S: Final = 10 * HOP_S  # that a repeat takes longer: the first's parts 
 LAST_BYTE_S: Final = (
     2.0 + 1.0
 )  # that a body's end after its `[DONE]` is waited for (docs/reliability.md), looked at each second
+BUFFERED_BYTES: Final = (
+    128 * 1024 + 3 * 65_536
+)  # by the gateway (docs/reliability.md), under way twice, in the provider
 PING_LATE_S: Final = 1.0 + 2 * HOP_S  # that a ping may be behind `heartbeat_s`, where streams are looked at each second
 ADMITTED_S: Final = 3 * HOP_S  # in which a request is let in: each of its calls to the store may be slow, and few are
 API_VERSION: Final = "2026-08"  # docs/api.md
@@ -115,6 +118,19 @@ def streams_are_alive(view: View) -> Iterator[str]:
         longest = max(later - earlier for earlier, later in itertools.pairwise(times))
         if longest > HEARTBEAT_S + PING_LATE_S:
             yield f"{sight.request_id} heard nothing for {longest:.2f} s"
+
+
+def streams_wait(view: View) -> Iterator[str]:
+    """Check that a stream is read from its provider no faster than its client takes it, but for what buffers hold."""
+    for sight in view.record.sights:
+        if sight.request.reads != "stalls" or not sight.request.stream or runs_on(view, sight):
+            continue
+        for call in view.own_calls(sight)[-1:]:
+            largest = max(map(len, call.lines), default=0)
+            waits = call.sent_bytes - len(sight.payload)
+            is_plain = not (call.answer.error or call.answer.gzip or call.answer.other_shape)
+            if is_plain and waits > BUFFERED_BYTES + 2 * largest:
+                yield f"{sight.request_id}: {waits} bytes wait for its client, who takes none"
 
 
 def failover_happens(view: View) -> Iterator[str]:
@@ -242,8 +258,12 @@ def what_runs_on_is_read(view: View) -> Iterator[str]:
         if sight.ended != "left" or not runs_on(view, sight) or ran_short(view, sight):
             continue
         for call in view.own_calls(sight):
-            is_early = call.ended == "closed" and sight.ended_at <= call.ended_at < sight.ended_at + DETACHED_S
-            if is_early and not call.answer.is_silent and not view.feels(sight, until=call.ended_at):
+            is_left = call.ended == "closed" and not (call.answer.is_silent or call.complete)  # also after its [DONE]
+            if (
+                is_left
+                and sight.ended_at <= call.ended_at < sight.ended_at + DETACHED_S
+                and not view.feels(sight, until=call.ended_at)
+            ):
                 yield f"{call.upstream} was left {call.ended_at - sight.ended_at:.2f} s after {sight.request_id}'s client"
 
 
@@ -274,7 +294,7 @@ def drains_end(view: View) -> Iterator[str]:
             if sight.ended == "left" and runs_on(view, sight) and not ran_short(view, sight):
                 for call in view.own_calls(sight):
                     ended_at = min(cut_at, sight.ended_at + DETACHED_S) - HOP_S
-                    is_left = call.ended == "closed" and not call.answer.is_silent
+                    is_left = call.ended == "closed" and not (call.answer.is_silent or call.complete)
                     if is_left and drain.start <= call.ended_at < ended_at:
                         left_s = call.ended_at - drain.start
                         yield f"{call.upstream} was left with {sight.request_id} {left_s:.2f} s after a drain began"

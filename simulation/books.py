@@ -217,6 +217,8 @@ def _is_reported(call: Call) -> bool | None:
     A report without output where no text was may be all that there is, and an older report may have more output than an
     estimate of the text that came until the end, which no cap exceeds.
     """
+    if call.answer.gzip and call.sent_bytes and not call.complete:
+        return None  # how much a part of what is compressed says isn't known
     if call.reported and len(call.is_true) == PARTS and not call.outdated:
         return True
     if not call.shown:

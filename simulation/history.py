@@ -1119,9 +1119,10 @@ def _reading(rng: random.Random, request: Request, share: float = 0.7) -> Reques
         longer = [replace(answer, words=max(answer.words, words), bulk=bulk) for answer in request.answers]
         request = replace(request, answers=tuple(longer))
     if reads == "stalls":  # what the provider takes isn't the client's time
-        request = replace(
-            request, answers=tuple(replace(answer, gap_s=min(answer.gap_s, 0.02)) for answer in request.answers)
-        )
+        answers = tuple(replace(answer, gap_s=min(answer.gap_s, 0.02)) for answer in request.answers)
+        if rng.random() < 0.3:  # of several times as much
+            answers = tuple(replace(answer, words=45, per_event=1, bulk=20_000, gap_s=0.0) for answer in answers)
+        request = replace(request, answers=answers)
     return replace(request, reads=reads, after=rng.choice(after), connection="")
 
 

@@ -18,6 +18,7 @@ from simulation.answers import (
     drains_end,
     failover_happens,
     streams_are_alive,
+    streams_wait,
     waits_are_told,
     what_runs_on_is_read,
 )
@@ -50,6 +51,7 @@ from simulation.invalid import INVALID
 from simulation.limits import buckets_are_right, limits_hold
 from simulation.provider import Call
 from simulation.reasons import (
+    KEPT_BYTES,
     deadlines_hold,
     invalid_requests_are_refused,
     is_unpriced,
@@ -362,10 +364,11 @@ def repeats_agree(view: View) -> Iterator[str]:
         calls = [call for call in view.calls.get(marker, ()) if not call.answer.error]
         calls = [call for call in calls if call.complete or call.answer.end == "no_done" or _nearly(call)]
         given = {_text(sight) for sight in good if view.own_calls(sight)} | set(map(_text_given, calls))
+        kept = view.history.kept_bytes or KEPT_BYTES
         for sight in good:
             size = len(sight.payload.replace(PING, b""))
-            if not view.own_calls(sight) and size > (view.history.kept_bytes or math.inf):
-                yield f"{sight.request_id} got an answer of {size} bytes again, and {view.history.kept_bytes} are kept"
+            if not view.own_calls(sight) and size > kept:
+                yield f"{sight.request_id} got an answer of {size} bytes again, and {kept} are kept"
             if not (view.own_calls(sight) or _text(sight) in given or any(call.answer.other_shape for call in calls)):
                 yield f"{sight.request_id} got another answer than {marker}'s"
         whole = [call for call in calls if call.complete and call.answer.is_good and call.ended == "whole"]
@@ -455,6 +458,7 @@ RULES: Final[tuple[Rule, ...]] = (
     requests_are_clean,
     answers_are_prompt,
     streams_are_alive,
+    streams_wait,
     statuses_have_reasons,
     invalid_requests_are_refused,
     ids_are_told,

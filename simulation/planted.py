@@ -1542,6 +1542,18 @@ PLANTED: Final = [
         "    return available + [candidate for _, candidate in sorted(ejected, key=lambda pair: pair[0])]",
         "    return available or [candidate for _, candidate in sorted(ejected, key=lambda pair: pair[0])]",
     ),
+    Planted(
+        "a stream doesn't wait for its client",
+        "gateway/relay.py",
+        "            if self._downstream.congested():\n                self._wait()\n            return\n",
+        "            return\n",
+    ),
+    Planted(
+        "256 KiB may wait for a client",
+        "server/chat.py",
+        "MAX_BUFFERED_BYTES = 32_768",
+        "MAX_BUFFERED_BYTES = 32_768 * 8",
+    ),
     # Drains, and bodies that don't end.
     Planted(
         "a drain doesn't wait for what runs without its client",

@@ -72,7 +72,7 @@ class Call(Struct):
     last one. `tier`: the service tier that it names. `complete`: all that makes an answer whole went out. `ended`:
     "whole", "cut" (by plan), "closed" (the gateway closed), "error". `lines`: the data of a stream's events, and `lines_at`
     when each of them went out. `others`: its comments and names of events, each with the number of lines before it.
-    `last_at`: when its head or the last of its bytes went out.
+    `last_at`: when its head or the last of its bytes went out. `sent_bytes`: those of the body that it could write.
     """
 
     marker: str  # of its request; `text`: the one in the request's text, if it is another
@@ -95,6 +95,7 @@ class Call(Struct):
     complete: bool = False
     head_sent: bool = False
     events_sent: int = 0
+    sent_bytes: int = 0
     noted_bytes: int = 0  # of those events
     lines: list[str] = []
     lines_at: list[float] = []
@@ -340,6 +341,7 @@ class _Link(asyncio.Protocol):
                 break
             self._transport.write(piece)
             sent += len(piece)
+            call.sent_bytes = sent
             before = call.events_sent
             _note_sent(call, events, parts, sent)
             now = call.last_at = asyncio.get_running_loop().time()

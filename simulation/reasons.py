@@ -43,6 +43,7 @@ DETACHED_S: Final = 120.0  # that a request with an Idempotency-Key may run on w
 RENEWED_S: Final = 10.0  # that a stream waits for the store's credit before it ends (docs/ledger.md)
 KNOWN_S: Final = 3_600.0  # for which a worker knows a key without the store (docs/ledger.md)
 FRAME_BYTES: Final = 8  # of an event beside its data
+KEPT_BYTES: Final = 1_048_576  # of an answer for repeats, by default (docs/configuration.md)
 HEAD_BYTES: Final = 1_000  # that an answer's headers and what the gateway adds to it have at most
 WORKER_CHARACTERS: Final = 12  # that the ids of a worker's holds begin with
 TEMPLATE_TOKENS: Final = 60  # that a template adds to a prompt at most
@@ -580,9 +581,9 @@ def _conflict(view: View, sight: Sight) -> bool:
 
 def _may_be_too_large(view: View, call: Call) -> bool:
     """Whether an answer may be larger than one that is kept for repeats."""
-    kept = view.history.kept_bytes
+    kept = view.history.kept_bytes or KEPT_BYTES
     size = sum(len(line.encode()) + FRAME_BYTES for line in call.lines) if call.lines else len(call.body_bytes)
-    return kept is not None and size * (2 if call.answer.other_shape else 1) + HEAD_BYTES > kept
+    return size * (2 if call.answer.other_shape else 1) + HEAD_BYTES > kept
 
 
 def _unknown_template(view: View, sight: Sight) -> bool:

@@ -345,6 +345,10 @@ def ended_late(case):
     case.record.drains = [Drain(0, 10.5, 12.0)]
 
 
+def read_in_spite_of_its_client(case):
+    case.sight.payload, case.call.sent_bytes = b"", 400_000
+
+
 def second_asked_first(case):
     case.serve("pair")
     case.call.upstream, case.call.body["model"] = "two", "up-pair"
@@ -412,6 +416,7 @@ BREAKS = [
     (tokens_kept, "buckets_are_right"),
     (not_failed_over, "failover_happens"),
     (asked_in_spite_of_failures, "breakers_hold"),
+    (read_in_spite_of_its_client, "streams_wait", Request("q0", stream=True, reads="stalls")),
     (second_asked_first, "ejections_hold", Request("q0", model="pair")),
     (repeats_differ, "repeats_agree"),
     (revoked_and_served, "changes_hold"),

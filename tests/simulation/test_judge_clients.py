@@ -488,21 +488,23 @@ def test_an_instance_ends_in_time(ended_at, request_, others, is_right):
 
 
 @pytest.mark.parametrize(
-    ("left_at", "signals", "answer", "is_right"),
+    ("left_at", "signals", "answer", "complete", "is_right"),
     [
-        (SIGNAL - 0.1, [SIGNAL], GOOD, True),
-        (SIGNAL, [SIGNAL], GOOD, False),
-        (SIGNAL, [SIGNAL], Answer(gap_s=20.01), True),  # for its silence
-        (SIGNAL + 19.89, [SIGNAL], GOOD, False),
-        (SIGNAL + 19.91, [SIGNAL], GOOD, True),
-        (14.89, [SIGNAL, 15.0], GOOD, False),
-        (14.91, [SIGNAL, 15.0], GOOD, True),
+        (SIGNAL - 0.1, [SIGNAL], GOOD, False, True),
+        (SIGNAL, [SIGNAL], GOOD, False, False),
+        (SIGNAL, [SIGNAL], GOOD, True, True),
+        (SIGNAL, [SIGNAL], Answer(gap_s=20.01), False, True),  # for its silence
+        (SIGNAL + 19.89, [SIGNAL], GOOD, False, False),
+        (SIGNAL + 19.91, [SIGNAL], GOOD, False, True),
+        (14.89, [SIGNAL, 15.0], GOOD, False, False),
+        (14.91, [SIGNAL, 15.0], GOOD, False, True),
     ],
 )
-def test_what_runs_on_is_waited_for_by_an_instance_that_ends(left_at, signals, answer, is_right):
+def test_what_runs_on_is_waited_for_by_an_instance_that_ends(left_at, signals, answer, complete, is_right):
     case = Case(replace(REQUEST, keyed=True, reads="leaves"), answer=answer)
     case.sight.headers["connection"] = "close"
     case.sight.ended, case.sight.ended_at, case.call.ended, case.call.ended_at = "left", 10.2, "closed", left_at
+    case.call.complete = complete
     case.record.drains = [Drain(0, signal, max(left_at, *signals) + 0.2) for signal in signals]
     assert ("drains_end" not in {finding.rule for finding in judge(case.record)}) == is_right
 
@@ -608,3 +610,25 @@ def test_an_invalid_request_has_one_fault(name):
     right = spoiled("", headers, body)
     assert right == ("POST /v1/chat/completions", {**headers, "content-length": str(len(body))}, body)
     assert spoiled(name, headers, body) != right
+
+
+MOST_WAIT = 128 * 1024 + 3 * 65_536 + 2 * len(LINE)  # in the gateway, on both ways, at the provider, and two events
+STALLING = Request("q0", stream=True, reads="stalls")
+
+
+@pytest.mark.parametrize(
+    ("sent_bytes", "request_", "answer", "is_right"),
+    [
+        pytest.param(len(STREAM) + MOST_WAIT, STALLING, GOOD, True, id="what buffers take"),
+        pytest.param(len(STREAM) + MOST_WAIT + 1, STALLING, GOOD, False, id="more"),
+        pytest.param(10**6, replace(STALLING, keyed=True), GOOD, True, id="for a repeat"),
+        pytest.param(10**6, replace(STALLING, reads="slowly"), GOOD, True, id="which was taken in the end"),
+        pytest.param(10**6, STALLS, GOOD, True, id="of a whole answer"),
+        pytest.param(10**6, STALLING, Answer(gzip=True), True, id="that were more than they seem"),
+        pytest.param(10**6, STALLING, Answer(other_shape=True), True, id="of a whole answer in its place"),
+    ],
+)
+def test_a_stream_waits_for_a_client_that_takes_nothing(sent_bytes, request_, answer, is_right):
+    case = Case(request_, answer=answer)
+    case.call.sent_bytes = sent_bytes
+    assert ("streams_wait" not in {finding.rule for finding in judge(case.record)}) == is_right

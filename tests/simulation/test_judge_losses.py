@@ -378,7 +378,9 @@ def test_a_failover_excuses_what_it_loses(change, rule, at, excused):
     assert (rule not in {finding.rule for finding in judge(case.record)}) == excused
 
 
-@pytest.mark.parametrize(("kept_bytes", "excused"), [(len(WHOLE) + 999, True), (len(WHOLE) + 1_000, False)])
+@pytest.mark.parametrize(
+    ("kept_bytes", "excused"), [(len(WHOLE) + 999, True), (len(WHOLE) + 1_000, False), (None, False)]
+)
 def test_a_repeat_may_be_refused_an_answer_that_is_too_large(kept_bytes, excused):
     case = Case()
     not_kept(case)

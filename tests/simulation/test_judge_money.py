@@ -484,6 +484,18 @@ def test_a_provider_that_is_left_for_its_silence_is_paid_by_no_client(waited_s, 
     assert ("charges_are_bills" not in {finding.rule for finding in judge(case.record)}) == excused
 
 
+@pytest.mark.parametrize(
+    ("gzip", "sent_bytes", "complete", "is_right"),
+    [(True, 1, False, True), (True, 0, False, False), (True, 1, True, False), (False, 1, False, False)],
+)
+def test_a_part_of_a_compressed_stream_may_have_a_report(gzip, sent_bytes, complete, is_right):
+    case = Case(Request("q0", stream=True, reads="leaves"), answer=Answer("gemini", gzip=gzip))
+    case.sight.ended, case.call.ended, case.call.reported = "left", "closed", False
+    case.call.sent_bytes, case.call.complete = sent_bytes, complete
+    case.record.books = {0: book(settled(usage_source="reported"))}
+    assert ("sources_are_told" not in {finding.rule for finding in judge(case.record)}) == is_right
+
+
 @pytest.mark.parametrize(("ran", "excused"), [("id-q1", True), ("id-q0", False)])
 def test_a_request_that_left_before_it_ran_has_no_tokens_of_another_s(ran, excused):
     case = Case(Request("q0", keyed=True, reads="leaves"))
