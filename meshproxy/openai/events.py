@@ -151,6 +151,8 @@ Form = Literal["stream", "json", "other"]
 
 def form_of(beginning: bytes) -> Form | None:
     """Return a body's form by its first bytes, whatever its content type; None while there are too few."""
+    if BOM.startswith(beginning):
+        return None
     text = beginning.removeprefix(BOM).lstrip()
     if text.startswith(b"{"):
         return "json"

@@ -25,7 +25,10 @@ def delta(index=0, finish_reason=None, **members):
     [
         (b"", None),
         (b" \n", None),
+        (b"\xef", None),
+        (b"\xef\xbb", None),
         (b"\xef\xbb\xbf", None),
+        (b"\xef{", "other"),
         (b"da", None),
         (b"data: {", "stream"),
         (b"\xef\xbb\xbfdata:", "stream"),

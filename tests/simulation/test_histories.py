@@ -274,6 +274,12 @@ FOUND = {
             ),
         ),
     ),
+    "a byte order mark in parts was taken for something else": Request(
+        "q5",
+        stream=True,
+        prompt_words=1,
+        answers=(Answer(words=1, gap_s=0.02, pieces=1, other_shape=True, form="bom"),),
+    ),
     "a stream that had ended took more of the local allowance": History(
         20194314,
         "found",
