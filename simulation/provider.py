@@ -398,8 +398,11 @@ def _note_sent(call: Call, events: list[Event], parts: list[bytes], sent: int) -
             break
         call.shown_begun += event.tokens
         at += len(part)
-        says_nothing = (len(part) > len(event.data)) * 2 + event.data.startswith(GZIP) * GZIP_TRAILER_BYTES
-        if at - says_nothing > sent:  # but for the end of a chunk, and of what is compressed
+        says_nothing = (len(part) > len(event.data)) * 2  # the end of a chunk
+        says_nothing += event.data.startswith(GZIP) * GZIP_TRAILER_BYTES + event.data.endswith(
+            b"\r\n"
+        )  # CR ends a line
+        if at - says_nothing > sent:
             break
         call.shown_sent += event.tokens
         call.events_sent += 1

@@ -280,6 +280,21 @@ FOUND = {
         prompt_words=1,
         answers=(Answer(words=1, gap_s=0.02, pieces=1, other_shape=True, form="bom"),),
     ),
+    "the judge took a report for unsent that had come but for the last LF of a CRLF": History(
+        10213009,
+        "found",
+        workers=2,
+        steps=(
+            Request(
+                "q2",
+                at_s=0.437,
+                stream=True,
+                prompt_words=1,
+                reads="half_closes",
+                answers=(Answer("vllm", 1, gap_s=0.02, pieces=-3, form="crlf"),),
+            ),
+        ),
+    ),
     "a stream that had ended took more of the local allowance": History(
         20194314,
         "found",
