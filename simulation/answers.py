@@ -7,7 +7,7 @@ from functools import partial
 from typing import Final, Literal
 
 from simulation.bills import is_usage_only, over_at, ran_short, runs_on, without_cost
-from simulation.breakers import may_be_open, model_of
+from simulation.breakers import may_be_open, model_of, orders_of, routes_of
 from simulation.client import Sight, data_of
 from simulation.history import (
     DRAIN_S,
@@ -147,12 +147,12 @@ def failover_happens(view: View) -> Iterator[str]:
             continue
         refused_by = {model_of(call) for call, verdict in zip(calls, verdicts, strict=True) if verdict == "model"}
         asked = {(model_of(call), call.upstream) for call in calls}
-        names = (sight.request.model, *sight.request.fallbacks)
+        orders = orders_of(view, sight)
         left = [
             (name, route)
-            for name in names
-            for route in view.record.prices[0][1][name].routes
-            if UPSTREAMS[route].is_there
+            for route, name in orders[0]
+            if all((route, name) in order for order in orders)
+            and UPSTREAMS[route].is_there
             and (name, route) not in asked
             and name not in refused_by
             and not may_be_open(view, sight, route, name)
@@ -211,8 +211,7 @@ def attempts_are_told(view: View) -> Iterator[str]:
         if sight.ended != "whole" or view.is_anothers(sight) or not sight.times:
             continue
         begun = [call for call in calls if call.at <= sight.times[0][0]]
-        names = (sight.request.model, *sight.request.fallbacks)
-        gone = sum(not UPSTREAMS[route].is_there for name in names for route in view.record.prices[0][1][name].routes)
+        gone = sum(not UPSTREAMS[route].is_there for route, _ in routes_of(view, sight))
         told = int(sight.headers.get("x-mesh-attempts", 0))
         is_early = sight.payload.startswith(b": ping")  # the head was on its way while another provider was asked
         later = [call for call in begun[1:] if is_early and call.at > sight.times[0][0] - HOP_S]

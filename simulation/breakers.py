@@ -76,10 +76,13 @@ def breakers_hold(view: View) -> Iterator[str]:
 def ejections_hold(view: View) -> Iterator[str]:
     """Check that upstreams are asked in their order, but for those that are ejected, which are asked last."""
     for sight in view.record.sights:
-        routes = [route for route in routes_of(view, sight) if UPSTREAMS[route[0]].is_there]
+        orders = orders_of(view, sight)
+        routes = [route for route in orders[0] if UPSTREAMS[route[0]].is_there] if len(orders) == 1 else []
         calls = view.own_calls(sight)[:1] if len(routes) > 1 and not view.is_anothers(sight) else []
         for call in calls:
             asked = call.upstream, model_of(call)
+            if asked not in routes:
+                continue
             is_ejected = _is_surely_ejected(view, sight, *asked, call.at)
             before = [route for route in routes if route != asked] if is_ejected else routes[: routes.index(asked)]
             free = [
@@ -92,12 +95,27 @@ def ejections_hold(view: View) -> Iterator[str]:
                 yield f"{sight.request_id}: {asked[0]} was asked for {asked[1]}, which {why}, and not {free[0]}"
 
 
+def upstreams_are_right(view: View) -> Iterator[str]:
+    """Check that the upstreams that are asked are the model's, at their addresses, as a request's configuration has them."""
+    for call in view.record.calls:
+        name, group = model_of(call), [sight for sight in view.record.sights if sight.marker == call.marker]
+        right = {
+            (route, view.place(index, route))
+            for sight in group
+            for index in view.configurations(sight)
+            for route in view.record.prices[index][1][name].routes
+        }
+        if group and (call.upstream, call.place) not in right:
+            at = f"{call.upstream}.{call.place}".rstrip(".")
+            yield f"{at} was asked for {name} in {call.marker}, and {sorted(right)} are its upstreams"
+
+
 def _ejected_s(call: Call) -> float:
     """Return for how long a call's answer has its route ejected, by what it asks for."""
     answer = call.answer
     if call.ended != "error" or answer.status not in EJECTING:
         return 0.0
-    return min(answer.wait_s or (LIMIT_S if answer.status == 429 else 0.0), MOST_EJECTED_S)
+    return min(call.wait_s or (LIMIT_S if answer.status == 429 else 0.0), MOST_EJECTED_S)
 
 
 def _calls_to(view: View, worker: int, upstream: str, model: str) -> Iterator[tuple[Call, bool]]:
@@ -114,10 +132,11 @@ def _calls_to(view: View, worker: int, upstream: str, model: str) -> Iterator[tu
 def _is_surely_ejected(view: View, sight: Sight, upstream: str, model: str, until: float) -> bool:
     """Whether a route was surely ejected from a request's beginning until a time."""
     worker = view.worker(sight)
-    if any(trouble.worker == worker for trouble in view.record.troubles):
-        return False  # another process knows nothing of it
+    if view.moves_upstreams or any(trouble.worker == worker for trouble in view.record.troubles):
+        return False  # another process knows nothing of it, and other settings begin anew
     for call, is_sure in _calls_to(view, worker, upstream, model):
-        if is_sure and call.ended_at + HOP_S < sight.began_at and until < call.ended_at + _ejected_s(call):
+        early_s = call.answer.pause_s + HOP_S if call.answer.dated else 0.0  # by which a date may be nearer
+        if is_sure and call.ended_at + HOP_S < sight.began_at and until < call.ended_at + _ejected_s(call) - early_s:
             return True
     known = _results(view, worker, upstream, model)
     ended = [each for each in known if each.ended_at + HOP_S < sight.began_at][-FAILED_IN_A_ROW:]
@@ -147,7 +166,8 @@ def is_failing(sight: Sight) -> bool:
 
 def may_all_be_open(view: View, sight: Sight) -> bool:
     """Whether the breakers of all providers that a request may ask may have been open when it ended."""
-    return all(may_be_open(view, sight, upstream, model) for upstream, model in routes_of(view, sight))
+    orders = orders_of(view, sight)
+    return any(all(may_be_open(view, sight, *route) for route in order) for order in orders)
 
 
 def may_be_open(view: View, sight: Sight, upstream: str, model: str) -> bool:
@@ -163,6 +183,8 @@ def may_be_open(view: View, sight: Sight, upstream: str, model: str) -> bool:
 def _wait_faults(view: View, sight: Sight) -> Iterator[str]:
     """Find a wait that isn't the time until the next probe."""
     wait_s = float(sight.headers.get("retry-after-ms", "nan")) / 1000
+    if len(orders_of(view, sight)) > 1:
+        return
     most = [
         _most_wait_s(view, sight, upstream, model, sight.ended_at) if UPSTREAMS[upstream].is_there else math.inf
         for upstream, model in routes_of(view, sight)
@@ -175,9 +197,17 @@ def _wait_faults(view: View, sight: Sight) -> Iterator[str]:
 
 def routes_of(view: View, sight: Sight) -> list[tuple[str, str]]:
     """Return the upstreams that a request may ask, each with the name of the model."""
-    models = view.record.prices[0][1]
+    return list(dict.fromkeys(route for order in orders_of(view, sight) for route in order))
+
+
+def orders_of(view: View, sight: Sight) -> list[list[tuple[str, str]]]:
+    """Return in which order a request may ask its upstreams: in one, unless its configuration isn't known."""
     names = (sight.request.model, *sight.request.fallbacks)
-    return [(upstream, name) for name in names for upstream in models[name].routes]
+    orders = []
+    for index in view.configurations(sight):
+        order = [(upstream, name) for name in names for upstream in view.record.prices[index][1][name].routes]
+        orders += [] if order in orders else [order]
+    return orders
 
 
 def model_of(call: Call) -> str:
@@ -212,8 +242,8 @@ def _what(group: list[Sight], call: Call) -> What:
 
 def _surely_open(view: View, worker: int, known: Sequence[Result]) -> Iterator[tuple[int | None, Open]]:
     """Return when the breakers of a route are surely open: an account's, or the route's (None), for all accounts."""
-    if any(trouble.worker == worker for trouble in view.record.troubles):
-        return  # another process has breakers of its own
+    if view.moves_upstreams or any(trouble.worker == worker for trouble in view.record.troubles):
+        return  # another process, and other settings, have breakers of their own
     for account in sorted({each.account for each in known}):
         yield from ((account, opening) for opening in _openings([each for each in known if each.account == account]))
     counted: list[Result] = []

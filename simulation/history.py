@@ -256,6 +256,13 @@ ENDINGS: Mapping[str, tuple[str, int]] = {  # after the words of its own message
 # What an answer's bytes may be beside a stream's usual ones (WHATWG HTML, "Server-sent events", 9.2.6): a byte order mark,
 # lines that end in CR or CRLF, no space after `data:`, an event's data in two lines.
 FORMS = ("bom", "crlf", "cr", "bare", "lines", "bare+crlf", "lines+cr", "bom+bare+lines+crlf")
+REROUTED = {  # the upstreams that models may have after a reload
+    "plain": (("two",), ("one", "two"), ("two", "one"), ("gone", "one")),
+    "pair": (("two", "one"), ("one",), ("two",), ("drained", "one")),
+    "drained": (("two",), ("one",), ("drained", "two")),
+    "drained-first": (("one",), ("two", "drained")),
+    "odd": (("one",),),
+}
 WITH_INVALID = 0.08  # of all histories have invalid requests
 KEPT_BYTES = (None, None, 1_500, 3_000)  # of an answer with an Idempotency-Key; None: the gateway's default
 TEMPLATE = "greeting"
@@ -416,7 +423,8 @@ class Outage(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
 class WorkerEvent(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     """Something that happens to a worker: it is killed (and another begins `for_s` later) or drained, or all reload.
 
-    `killed_writing`: at its next write to the disk from then on, or after WRITES_WITHIN_S without one.
+    `killed_writing`: at its next write to the disk from then on, or after WRITES_WITHIN_S without one. A reload has other
+    `prices` of models, other upstreams of them (`routes`), or another path in the address of an upstream (`places`).
     """
 
     at_s: float
@@ -424,6 +432,8 @@ class WorkerEvent(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=Tr
     worker: int = 0
     for_s: float = 1.0
     prices: tuple[tuple[str, Price], ...] = ()
+    routes: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    places: tuple[tuple[str, str], ...] = ()
 
 
 class Change(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
@@ -848,6 +858,8 @@ def _workers(rng: random.Random) -> History:
     """Workers that are killed, drained or reloaded in the middle."""
     if rng.random() < 0.2:
         return _slots(rng)
+    if rng.random() < 0.25:
+        return _moves(rng)
     requests: list[Step] = []
     for number in range(rng.randint(2, 6)):
         answer = replace(_any_answer(rng), gap_s=rng.choice((0.0, 0.05, 0.3)), delay_s=rng.choice((0.0, 0.1, 1.0)))
@@ -856,7 +868,9 @@ def _workers(rng: random.Random) -> History:
     events = [_worker_event(rng) for _ in range(rng.randint(1, 2))]
     for drain in [event for event in events if event.what == "drained"]:
         requests += _across(rng, drain, f"d{len(requests)}") if rng.random() < 0.6 else []
-    for name, _ in [priced for event in events for priced in event.prices]:  # when the new price must hold
+    changed = [change for event in events for change in (*event.prices, *event.routes)]
+    changed += [("pair", ()) for event in events for _ in event.places]
+    for name, _ in changed:  # when the new price, or the new upstreams, must hold
         late = _request(rng, f"q{len(requests)}", _any_answer(rng), models=(name,))
         requests.append(replace(late, at_s=5.0 + len(requests), worker=rng.randint(0, 1)))
     return History(0, "", workers=2, steps=(*requests, *events))
@@ -876,6 +890,26 @@ def _slots(rng: random.Random) -> History:
         requests.append(replace(request, max_tokens=None, worker=rng.choice((0, 0, 0, 1)), waits=rng.random() < 0.3))
     killed = WorkerEvent(killed_at, "killed", 0, rng.choice((0.0, 0.5, 25.0)))
     return History(0, "", keys=(KeyPlan(max_parallel=most),), workers=2, steps=(*requests, killed))
+
+
+def _moves(rng: random.Random) -> History:
+    """Draw reloads that change upstreams, requests that run meanwhile, also for other attempts, and requests afterwards."""
+    events = [
+        replace(_moved(rng, WorkerEvent(0.0, "reloaded")), at_s=at_s)
+        for at_s in rng.sample((1.0, 1.5, 4.5), rng.randint(1, 2))
+    ]
+    requests: list[Step] = []
+    for number in range(rng.randint(4, 8)):
+        answers = [replace(_any_answer(rng), gap_s=rng.choice((0.0, 0.05, 0.3)), delay_s=rng.choice((0.0, 0.1, 1.0)))]
+        if rng.random() < 0.4:
+            slow_s = rng.choice((0.1, 1.0, 3.0))
+            answers.insert(0, Answer(status=rng.choice((500, 429)), error="failed", delay_s=slow_s))
+        models = ("pair", "pair", "plain", "drained", "drained-first", "odd")
+        request = replace(_request(rng, f"q{number}", *answers, models=models), timeout_s=None)
+        at_s = max(0.0, rng.choice(events).at_s + rng.choice((-1.0, -0.3, -0.05, 0.3, 2.3, 3.0)) + rng.random() * 0.2)
+        request = replace(_reading(rng, request, 0.15), at_s=round(at_s, 3), worker=rng.randint(0, 1))
+        requests.append(replace(request, keyed=rng.random() < 0.2))
+    return History(0, "", workers=rng.randint(1, 2), steps=(*requests, *events))
 
 
 def _across(rng: random.Random, drain: WorkerEvent, name: str) -> list[Step]:
@@ -1265,4 +1299,12 @@ def _worker_event(rng: random.Random) -> WorkerEvent:
     if what == "reloaded":
         name = rng.choice(("plain", "pair", "drained"))
         prices = ((name, Price(rng.choice((1, 4)) * 1_000_000_000, rng.choice((2, 30)) * 1_000_000_000)),)
-    return WorkerEvent(round(rng.random() * 4, 3), what, rng.randint(0, 1), rng.choice((0.0, 0.5, 25.0)), prices)
+    event = WorkerEvent(round(rng.random() * 4, 3), what, rng.randint(0, 1), rng.choice((0.0, 0.5, 25.0)), prices)
+    return event if what != "reloaded" or rng.random() < 0.4 else _moved(rng, event)
+
+
+def _moved(rng: random.Random, event: WorkerEvent) -> WorkerEvent:
+    """Return a reload that changes the upstreams of models, and their addresses."""
+    routes = tuple((name, rng.choice(REROUTED[name])) for name in REROUTED if rng.random() < 0.5)
+    places = tuple((name, rng.choice(("", "new", "other"))) for name in ("one", "two", "drained") if rng.random() < 0.4)
+    return replace(event, prices=event.prices if rng.random() < 0.3 else (), routes=routes, places=places)

@@ -1397,6 +1397,25 @@ PLANTED: Final = [
         "return parsedate_to_datetime(text).timestamp()",
         "return None",
     ),
+    # Reloads that change upstreams.
+    Planted(
+        "an upstream keeps its address in a reload",
+        "app/worker.py",
+        "if old.settings.upstreams.get(name) == upstream and",
+        "if name in old.providers and",
+    ),
+    Planted(
+        "a reload ends the requests at upstreams that it changes",
+        "upstream/provider.py",
+        "        for connection in tuple(self._idle):\n            connection.abort()\n        self._idle.clear()\n\n    async",
+        "        for connection in tuple(self._live):\n            connection.abort()\n        self._idle.clear()\n\n    async",
+    ),
+    Planted(
+        "a request that runs asks new addresses in its next attempt",
+        "app/worker.py",
+        "        self.gateway.active = new\n",
+        "        old.providers.update(new.providers)\n        self.gateway.active = new\n",
+    ),
     # Without the store.
     Planted(
         "a worker enforces half of its share",

@@ -106,6 +106,7 @@ class Call(Struct):
     ended_at: float = 0.0
     text: str = ""
     dated_wait_s: float = 0.0  # until the date that an error tells, when it is sent
+    place: str = ""  # in the path
     created: int = CREATED  # no two answers are the same
 
     @property
@@ -236,8 +237,9 @@ class _Link(asyncio.Protocol):
             raw = await self._take(int(headers.get("content-length", 0)))
             if raw is None:
                 return
-            upstream = lines[0].split(" ")[1].split("/")[1]
+            upstream, _, place = lines[0].split(" ")[1].split("/")[1].partition(".")
             call = self._provider.call(upstream, headers, raw)
+            call.place = place
             await self._answer(call)
             call.ended_at = asyncio.get_running_loop().time()
             if call.ended not in {"whole", "error"} or self._transport.is_closing():

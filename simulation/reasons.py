@@ -518,7 +518,7 @@ def _was_killed(view: View, sight: Sight, at: float) -> bool:
 
 def _routes(view: View, sight: Sight) -> set[str]:
     names = [sight.request.model, *sight.request.fallbacks]
-    return {route for name in names for route in view.record.prices[0][1][name].routes}
+    return {route for name in names for model in view.models(sight, name) for route in model.routes}
 
 
 def _timed_out(view: View, sight: Sight) -> bool:

@@ -144,7 +144,8 @@ class Drain(NamedTuple):
 class Record(Struct):
     """All that is known of a history that was played.
 
-    `prices`: the models from each time on. `left`: what should be gone and isn't. `errors`: exceptions that nothing
+    `prices`: the models from each time on; `places`: the paths in the addresses of upstreams then.
+    `left`: what should be gone and isn't. `errors`: exceptions that nothing
     handled, and lines of the log that tell of a bug. `unkept`: when a process's journal was first refused by its disk.
     `exits`: the exit codes of processes. `refused`: processes that didn't start. `logged`: the log's lines of requests. `failed`:
     those of attempts that failed. `drains`: those of the steps. `idles`: connections that clients kept without a request.
@@ -160,6 +161,7 @@ class Record(Struct):
     changes: list[Done] = []
     troubles: list[Trouble] = []
     prices: list[tuple[float, Mapping[str, Model]]] = []
+    places: list[Mapping[str, str]] = []
     left: list[str] = []
     errors: list[str] = []
     store_offset_s: float = 0.0  # the store's clock less the loop's
@@ -203,6 +205,7 @@ class View:
         jumped_s = sum(fault.delay_s for fault in record.history.faults if fault.what == "clock")
         self.first_offset_s = record.store_offset_s - jumped_s  # the store's clock less the loop's, before it
         self.is_strict = not self.history.local
+        self.moves_upstreams = any(event.places or event.routes for event in record.history.worker_events)
         self.lost: dict[str, int] = {}
         for loss in record.losses:
             self.lost[loss.request_id] = self.lost.get(loss.request_id, 0) + loss.cost
@@ -267,17 +270,27 @@ class View:
         return [other for other in self.record.sights if other.marker == sight.marker]
 
     def models(self, sight: Sight, name: str) -> list[Model]:
-        """Return what a model cost while a request was resolved: before and after a reload, where it may have been either."""
+        """Return what a model was when a request was resolved: before and after a reload, where it may have been either."""
+        return [self.record.prices[index][1][name] for index in self.configurations(sight)]
+
+    def configurations(self, sight: Sight) -> list[int]:
+        """Return the numbers of the configurations that may be a request's, which keeps the one that it begins with."""
+        asked_at = [call.at for call in self.own_calls(sight) if call.at >= sight.began_at]
+        resolved_by = min([sight.ended_at, *asked_at])
         found = []
-        for index, (since, models) in enumerate(self.record.prices):
+        for index, (since, _) in enumerate(self.record.prices):
             ends = self.record.prices[index + 1][0] if index + 1 < len(self.record.prices) else math.inf
             drains = [trouble for trouble in self.record.troubles if trouble.what == "drained"]
             for drain in drains:  # a worker that ends reads no other configuration
                 if drain.worker == self.worker(sight) and drain.start <= ends <= drain.end:
                     ends = drain.end
-            if since <= sight.ended_at and ends + PROPAGATION_S >= sight.began_at:
-                found.append(models[name])
+            if since <= resolved_by and ends + PROPAGATION_S >= sight.began_at:
+                found.append(index)
         return found
+
+    def place(self, index: int, upstream: str) -> str:
+        """Return the path in an upstream's address by the configuration of a number."""
+        return self.record.places[index].get(upstream, "") if self.record.places else ""
 
     def key(self, sight: Sight) -> int:
         """Return the number of the account of a request."""

@@ -86,8 +86,9 @@ BUGS: Final = frozenset(
 QUOTE: Final = re.compile(r"mk\d+q\w+?z(?! \[redacted\])")  # a provider's words end with a marker and its secret
 
 
-def toml(history: History, models: Mapping[str, Model]) -> str:
-    """Return the configuration of a history's gateway."""
+def toml(history: History, models: Mapping[str, Model], places: Mapping[str, str]) -> str:
+    """Return the configuration of a history's gateway. It has the upstreams that a model names."""
+    named = {route for model in models.values() for route in model.routes}
     lines = [
         "[server]",
         f"workers = 1\nfast_path = {str(history.fast_path).lower()}",
@@ -111,9 +112,11 @@ def toml(history: History, models: Mapping[str, Model]) -> str:
         f"default_output_tokens = {DEFAULT_OUTPUT_TOKENS}",
     ]
     for name, upstream in UPSTREAMS.items():
-        port = PROVIDER_PORT if upstream.is_there else NOWHERE_PORT
+        if name not in named:
+            continue
+        port, place = PROVIDER_PORT if upstream.is_there else NOWHERE_PORT, f"{name}.{places.get(name, '')}".rstrip(".")
         lines += [
-            f"[upstreams.{name}]\nkind = '{upstream.kind}'\nbase_url = 'http://127.0.0.1:{port}/{name}/v1'",
+            f"[upstreams.{name}]\nkind = '{upstream.kind}'\nbase_url = 'http://127.0.0.1:{port}/{place}/v1'",
             f"cap_field = '{upstream.cap_field}'",
             f"first_byte_timeout_s = {FIRST_BYTE_S:g}\nidle_timeout_s = {IDLE_S:g}",
             f"stream_usage = {str(upstream.asks_usage).lower()}",
@@ -165,7 +168,8 @@ class Play:
         self._world, self._history = world, history
         self._loop = world.loop
         self._models: dict[str, Model] = dict(MODELS)
-        self.record = Record(history, prices=[(world.loop.time(), dict(self._models))])
+        self._places: dict[str, str] = {}
+        self.record = Record(history, prices=[(world.loop.time(), dict(self._models))], places=[{}])
         for name in (
             *("sights", "calls", "samples", "changes", "troubles", "left", "errors"),
             *("looks", "losses", "unkept", "exits", "refused", "logged", "failed", "beats", "drains", "quoted"),
@@ -199,7 +203,7 @@ class Play:
         await world.spawn(world.process("provider"), provider.start("0.0.0.0", PROVIDER_PORT))
         if history.local:
             self._watch_beats()
-        self._gateway = await world.start_gateway(toml(history, self._models), workers=history.workers)
+        self._gateway = await world.start_gateway(toml(history, self._models, {}), workers=history.workers)
         await self._set_up()
         self._watch_store()
         marker, text = partial(marker_of, history.seed), partial(text_of, history.seed)
@@ -404,12 +408,16 @@ class Play:
             await self._write_begins(instance)
         now = self._loop.time()
         if event.what == "reloaded":
-            trace(
-                "operator: has all gateways reload%s", "".join(f", another price of {name}" for name, _ in event.prices)
-            )
+            told = [f", another price of {name}" for name, _ in event.prices]
+            told += [f", {name} asks {', then '.join(routes)}" for name, routes in event.routes]
+            told += [f", {name} is at /{name}.{place}".rstrip(".") for name, place in event.places]
+            trace("operator: has all gateways reload%s", "".join(told))
             self._models |= {name: replace(self._models[name], price=price) for name, price in event.prices}
+            self._models |= {name: replace(self._models[name], routes=routes) for name, routes in event.routes}
+            self._places |= dict(event.places)
             self.record.prices.append((now, dict(self._models)))
-            gateway.reload(toml(self._history, self._models))
+            self.record.places.append(dict(self._places))
+            gateway.reload(toml(self._history, self._models, self._places))
         elif event.what == "bad_reload":
             text = gateway.text
             trace("operator: has all gateways reload a configuration with an error")

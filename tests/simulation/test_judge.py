@@ -239,6 +239,10 @@ def let_through(case):
     case.record.books = {0: book(settled())}
 
 
+def another_address(case):
+    case.call.place = "new"
+
+
 def hold_too_large(case):
     case.record.books = {0: book(settled(held_nusd=4_100_000))}
 
@@ -417,6 +421,7 @@ BREAKS = [
     (not_failed_over, "failover_happens"),
     (asked_in_spite_of_failures, "breakers_hold"),
     (read_in_spite_of_its_client, "streams_wait", Request("q0", stream=True, reads="stalls")),
+    (another_address, "upstreams_are_right"),
     (second_asked_first, "ejections_hold", Request("q0", model="pair")),
     (repeats_differ, "repeats_agree"),
     (revoked_and_served, "changes_hold"),

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from simulation.client import Idle, body_of
-from simulation.history import PROVIDER_SECRET, Answer, History, Request
+from simulation.history import MODELS, PROVIDER_SECRET, Answer, History, Request
 from simulation.invalid import INVALID, spoiled
 from simulation.record import Drain, Trouble
 from simulation.story import played
@@ -222,6 +222,7 @@ def left_at(upstream, provider_left_at, answer=GOOD):
 
     def change(case):
         case.sight.ended, case.call.upstream, case.call.answer = "left", upstream, answer
+        case.record.prices = [(0.0, MODELS | {"plain": replace(MODELS["plain"], routes=(upstream,))})]
         case.call.ended, case.call.ended_at, case.call.complete = "closed", provider_left_at, False
         case.sight.request = replace(case.sight.request, reads="hangs_up")
 
