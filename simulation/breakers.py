@@ -32,6 +32,9 @@ What = Literal["failed", "answered", "refused", "unclear"]
 
 EJECTING: Final = frozenset({429, 503, 529})  # with a wait, for which the route is ejected
 LIMIT_S, MOST_EJECTED_S = 1.0, 60.0  # of a 429 without a wait; of any wait
+SPENT: Final = frozenset(
+    {"quota", "credit", "balance"}
+)  # the gateway's quota is, as an error says: until its owner pays
 FAILED_S: Final = 5.0  # for which a route is ejected after as many failures in a row
 FAILED_IN_A_ROW: Final = 3
 
@@ -113,7 +116,11 @@ def upstreams_are_right(view: View) -> Iterator[str]:
 def _ejected_s(call: Call) -> float:
     """Return for how long a call's answer has its route ejected, by what it asks for."""
     answer = call.answer
-    if call.ended != "error" or answer.status not in EJECTING:
+    if call.ended != "error":
+        return 0.0
+    if answer.error in SPENT:
+        return MOST_EJECTED_S
+    if answer.status not in EJECTING:
         return 0.0
     return min(call.wait_s or (LIMIT_S if answer.status == 429 else 0.0), MOST_EJECTED_S)
 
@@ -136,7 +143,8 @@ def _is_surely_ejected(view: View, sight: Sight, upstream: str, model: str, unti
         return False  # another process knows nothing of it, and other settings begin anew
     for call, is_sure in _calls_to(view, worker, upstream, model):
         early_s = call.answer.pause_s + HOP_S if call.answer.dated else 0.0  # by which a date may be nearer
-        if is_sure and call.ended_at + HOP_S < sight.began_at and until < call.ended_at + _ejected_s(call) - early_s:
+        ejected_at = call.at + call.answer.delay_s  # at the earliest, by its head
+        if is_sure and call.ended_at + HOP_S < sight.began_at and until < ejected_at + _ejected_s(call) - early_s:
             return True
     known = _results(view, worker, upstream, model)
     ended = [each for each in known if each.ended_at + HOP_S < sight.began_at][-FAILED_IN_A_ROW:]

@@ -393,6 +393,7 @@ def test_a_deadline_may_pass_while_a_provider_is_connected_to(status, timeout_s,
 
 GOOD = Answer()
 BUSY, SHORT_OF_IT = Answer(status=503, error="busy", wait_s=2.0), Answer(status=429, error="limit")
+SPENT, SLOW = Answer(status=402, error="credit"), Answer(status=503, error="busy", wait_s=1.05, pieces=10)
 LONG_BUSY, AT_ONCE = Answer(status=529, error="busy", wait_s=90.0), Answer(status=503, error="busy")
 
 
@@ -410,6 +411,10 @@ LONG_BUSY, AT_ONCE = Answer(status=529, error="busy", wait_s=90.0), Answer(statu
         pytest.param("one", [(SHORT_OF_IT, 9.09)], True, id="one with a limit a second ago"),
         pytest.param("one", [(LONG_BUSY, -49.8)], False, id="one that asks for more than a minute"),
         pytest.param("one", [(LONG_BUSY, -50.0)], True, id="one that asked for more than a minute"),
+        pytest.param("one", [(SPENT, -49.8)], False, id="one where the quota is spent"),
+        pytest.param("one", [(SPENT, -50.0)], True, id="one where the quota was spent"),
+        pytest.param("two", [(SPENT, -50.0)], True, id="another where the quota may be spent"),
+        pytest.param("one", [(SLOW, 9.1)], True, id="one that said so in a head whose body came later"),
         pytest.param("two", [(BUSY, 7.81)], True, id="another whose wait may not be over"),
         pytest.param("two", [(BUSY, 7.79)], False, id="another whose wait is over"),
         pytest.param("two", [(LONG_BUSY, -50.3)], False, id="another that asked for a minute"),
@@ -434,7 +439,7 @@ def test_an_ejected_upstream_is_asked_last(asked, answers, is_right, worker, is_
         sight, call = case.record.sights[-1], case.record.calls[-1]
         sight.request, sight.marker, sight.request_id = PAIR_STREAM, f"mk1q{number + 1}z", f"id-q{number + 1}"
         call.marker, call.answer, call.ended = sight.marker, answer, "whole" if answer is GOOD else "error"
-        call.body["model"] = "up-pair"
+        call.body["model"], call.at = "up-pair", min(ended_at, 9.0) if answer is SLOW else ended_at
         if answer is GOOD:
             sight.status, sight.payload = 200, STREAM
     case.record.history = replace(case.record.history, workers=2)
