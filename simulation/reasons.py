@@ -552,8 +552,11 @@ def _begun_at(view: View, sight: Sight, *, surely: bool) -> float:
     for call in calls:
         answer = call.answer
         head_at = call.at + answer.delay_s
-        if not call.head_sent or answer.error or answer.other_shape:
-            continue
+        broke_off = (
+            call.ended == "cut" and answer.end != "stalls" and call.ended_at <= sight.ended_at and not call.lines_at
+        )
+        if not call.head_sent or answer.error or answer.other_shape or (surely and broke_off):
+            continue  # in the last case another provider may be on its way
         if answer.content_type == "":
             return head_at
         return min(call.lines_at, default=math.inf) if surely else head_at + answer.pause_s

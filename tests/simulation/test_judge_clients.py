@@ -170,7 +170,7 @@ def replayed_as(*, says, has_run, pinged=False):
     return change
 
 
-def timed_out(took_s, *, head_at=None, **answer):
+def timed_out(took_s, *, head_at=None, cut_at=None, **answer):
     """Let the request's own deadline have ended it after a time, with the provider's head at a time, or none."""
 
     def change(case):
@@ -179,7 +179,7 @@ def timed_out(took_s, *, head_at=None, **answer):
         case.record.calls, case.call.answer = [case.call], Answer(delay_s=(head_at or 0.1) - 0.1, **answer)
         case.call.lines_at = []
         case.call.head_sent, case.call.complete, case.call.reported = head_at is not None, False, False
-        case.call.ended, case.call.ended_at = "closed", 10.0 + took_s
+        case.call.ended, case.call.ended_at = "cut" if cut_at else "closed", cut_at or 10.0 + took_s
         case.sight.ended_at, case.sight.times = 10.0 + took_s, [(10.0 + took_s, 300)]
 
     return change
@@ -313,6 +313,21 @@ SEEN = {
     "a whole answer's deadline too early": (timed_out(0.48), Request("q0", timeout_s=0.5), REASONS),
     "a whole answer's deadline too late": (timed_out(0.91), Request("q0", timeout_s=0.5), DEADLINES),
     "a deadline of a stream without a head": (timed_out(0.5), Request("q0", stream=True, timeout_s=0.5), set()),
+    "a deadline after a stream broke off": (
+        timed_out(0.5, head_at=0.2, cut_at=10.5, end="resets"),
+        Request("q0", stream=True, timeout_s=0.5),
+        set(),
+    ),
+    "a deadline before a stream broke off": (
+        timed_out(0.5, head_at=0.2, cut_at=10.51, end="resets"),
+        Request("q0", stream=True, timeout_s=0.5),
+        REASONS,
+    ),
+    "a deadline after a stream stalled": (
+        timed_out(0.5, head_at=0.2, cut_at=10.4, end="stalls"),
+        Request("q0", stream=True, timeout_s=0.5),
+        REASONS,
+    ),
     "a deadline as a stream begins": (timed_out(0.5, head_at=0.41), Request("q0", stream=True, timeout_s=0.5), set()),
     "a deadline of a stream whose head doesn't say so": (
         timed_out(0.5, head_at=0.2, content_type=None),
