@@ -205,7 +205,11 @@ def _sources(view: View, sight: Sight, call: Call) -> set[str]:
         return found
     is_gone = sight.ended != "whole" or sight.status == 504 or sight.error.get("code") == "gateway_timeout"
     runs_to_its_end = is_gone and runs_on(view, sight) and call.complete
-    if runs_to_its_end and is_reported and not (view.feels(sight) or ran_short(view, sight)):
+    if (
+        runs_to_its_end
+        and is_reported
+        and not (view.feels(sight, until=over_at(view, sight)) or ran_short(view, sight))
+    ):
         told_at = call.lines_at[-1] if call.lines_at else call.last_at  # before its body ends
         return {"drained"} if told_at > sight.ended_at + 2 * HOP_S else {"reported", "drained"}
     return found | {"reported", *({"drained"} if is_gone and runs_on(view, sight) else ())}

@@ -44,7 +44,7 @@ def estimated(prompt, completion):
     return change
 
 
-def sourced(source, lie="true", *, is_true=("prompt", "completion"), left_at=None, **call):
+def sourced(source, lie="true", *, is_true=("prompt", "completion"), left_at=None, lost_at=None, **call):
     """Let the settlement name this source of its tokens, where a provider's answer was like this, and its client left."""
 
     def change(case):
@@ -55,6 +55,8 @@ def sourced(source, lie="true", *, is_true=("prompt", "completion"), left_at=Non
         if left_at is not None:
             case.sight.request = replace(case.sight.request, keyed=True, reads="leaves")
             case.sight.ended, case.sight.ended_at = "left", left_at
+        if lost_at is not None:
+            case.record.troubles = [Trouble("gone", lost_at, lost_at + 30)]
 
     return change
 
@@ -447,6 +449,14 @@ SOURCES = {
     "a report that came after a hang-up": (sourced("drained", left_at=10.79), True),
     "a report after a hang-up that isn't called drained": (sourced("reported", left_at=10.79), False),
     "a report after a hang-up that wasn't read": (sourced("estimated", left_at=10.79), False),
+    "a report that wasn't read without the store": (
+        sourced("estimated", left_at=10.79, lost_at=16.0, ended_at=15.0, last_at=15.0),
+        True,
+    ),
+    "a report that wasn't read before the store was lost": (
+        sourced("estimated", left_at=10.79, lost_at=16.01, ended_at=15.0, last_at=15.0),
+        False,
+    ),
     "a report that came as its client left": (sourced("reported", left_at=10.81), True),
     "a report that came before its client left, whose body lingered": (
         sourced("reported", left_at=10.79, last_at=10.98),
