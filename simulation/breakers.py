@@ -4,6 +4,7 @@ A breaker is known by its provider's calls alone. What surely failed or was sure
 so each rule has the bound that surely holds.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -32,9 +33,7 @@ What = Literal["failed", "answered", "refused", "unclear"]
 
 EJECTING: Final = frozenset({429, 503, 529})  # with a wait, for which the route is ejected
 LIMIT_S, MOST_EJECTED_S = 1.0, 60.0  # of a 429 without a wait; of any wait
-SPENT: Final = frozenset(
-    {"quota", "credit", "balance"}
-)  # the gateway's quota is, as an error says: until its owner pays
+SPENT: Final = "quota"  # of a 429: the gateway's quota there is, until it is paid for
 FAILED_S: Final = 5.0  # for which a route is ejected after as many failures in a row
 FAILED_IN_A_ROW: Final = 3
 
@@ -87,7 +86,12 @@ def ejections_hold(view: View) -> Iterator[str]:
             if asked not in routes:
                 continue
             is_ejected = _is_surely_ejected(view, sight, *asked, call.at)
+            equals = [(route, asked[1]) for route in view.models(sight, asked[1])[0].equals(asked[0])]
             before = [route for route in routes if route != asked] if is_ejected else routes[: routes.index(asked)]
+            if equals and is_ejected:  # half of a group stays in use
+                before = [route for route in before if route in equals]
+            elif equals and asked[1] != "skewed":
+                before = [route for route in before if route not in equals]
             free = [
                 route
                 for route in before
@@ -96,6 +100,25 @@ def ejections_hold(view: View) -> Iterator[str]:
             if free:
                 why = "is ejected" if is_ejected else "comes later"
                 yield f"{sight.request_id}: {asked[0]} was asked for {asked[1]}, which {why}, and not {free[0]}"
+
+
+def sessions_stay(view: View) -> Iterator[str]:
+    """Check that requests of a session go to the same one of equal upstreams, where that may not be unavailable."""
+    first: dict[tuple[int, str, str], list[tuple[Sight, Call]]] = {}
+    for sight in view.record.sights:
+        name, session = sight.request.model, sight.request.session
+        for call in view.own_calls(sight)[:1] if session and not view.is_anothers(sight) and not sight.again else ():
+            if model_of(call) == name and any(model.weights for model in view.models(sight, name)):
+                first.setdefault((view.key(sight), session, name), []).append((sight, call))
+    for (_, session, name), asked in first.items():
+        for (one, call), (other, other_call) in itertools.combinations(asked, 2):
+            pairs = ((one, call, other_call.upstream), (other, other_call, call.upstream))
+            if call.upstream != other_call.upstream and not any(
+                _may_be_ejected(view, sight, upstream, name, its.at) or may_be_open(view, sight, upstream, name)
+                for sight, its, upstream in pairs
+            ):
+                where = f"{call.upstream} and {other_call.upstream}"
+                yield f"{one.request_id} and {other.request_id} of the session {session} went to {where} for {name}"
 
 
 def upstreams_are_right(view: View) -> Iterator[str]:
@@ -118,7 +141,7 @@ def _ejected_s(call: Call) -> float:
     answer = call.answer
     if call.ended != "error":
         return 0.0
-    if answer.error in SPENT:
+    if answer.error == SPENT:
         return MOST_EJECTED_S
     if answer.status not in EJECTING:
         return 0.0

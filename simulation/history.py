@@ -117,7 +117,7 @@ class Price(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
 class Model(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     """A model of the configuration. `routes`: names of upstreams, in the order in which they are asked.
 
-    `services`: the prices of its service tiers by name.
+    `services`: the prices of its service tiers by name. `weights`: of its first upstreams, which are equals.
     """
 
     routes: tuple[str, ...]
@@ -126,6 +126,12 @@ class Model(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
     from_usage_cost: bool = False
     context_window: int = CONTEXT_WINDOW
     services: tuple[tuple[str, Price], ...] = ()
+    weights: tuple[int, ...] = ()
+
+    def equals(self, route: str) -> tuple[str, ...]:
+        """Return the upstreams that are equals of one of them, and itself; nothing if it has none."""
+        group = self.routes[: len(self.weights)]
+        return group if route in group else ()
 
     @property
     def prices(self) -> tuple[Price, ...]:
@@ -157,6 +163,7 @@ UPSTREAMS = {
     "unasked": Upstream(asks_usage=False),
     "gone": Upstream(is_there=False),
 }
+SKEWED = 1_000_000  # times as much as the weight of its equal: in a million requests one goes there
 MODELS = {
     "plain": Model(("one",), Price(cached=1_250_000_000)),
     "pair": Model(("one", "two")),
@@ -186,6 +193,12 @@ MODELS = {
         ),
     ),
 }
+GROUPS = {  # drawn in some histories alone
+    "shared": Model(("one", "two", "drained"), weights=(3, 1)),
+    "skewed": Model(("two", "one"), weights=(SKEWED, 1)),
+}
+ORDINARY = tuple(MODELS)
+MODELS |= GROUPS
 # What a request may have beside what decides over its answer, with the tokens of o200k_base that this adds to its prompt.
 OPTIONS: Mapping[str, tuple[Any, int]] = {  # fields
     "user": ("Größe 7", 0),
@@ -263,6 +276,7 @@ REROUTED = {  # the upstreams that models may have after a reload
     "drained-first": (("one",), ("two", "drained")),
     "odd": (("one",),),
 }
+WITH_GROUPS, GROUPED = 0.1, ("dialects", "providers", "clients", "credit", "store", "workers", "mixed")
 WITH_INVALID = 0.08  # of all histories have invalid requests
 KEPT_BYTES = (None, None, 1_500, 3_000)  # of an answer with an Idempotency-Key; None: the gateway's default
 TEMPLATE = "greeting"
@@ -515,7 +529,8 @@ def draw(seed: int) -> History:
     made = replace(made, **asdict(bounded(rng, profile, len(made.credit), made.keys)))
     if rng.random() < WITH_INVALID:
         steps = tuple(sorted([*steps, *_invalid(rng, made)], key=lambda step: step.at_s))
-    return replace(made, steps=steps)
+    made = replace(made, steps=steps)
+    return _grouped(rng, made) if profile in GROUPED and rng.random() < WITH_GROUPS else made
 
 
 def describe(history: History) -> list[str]:
@@ -621,7 +636,7 @@ def _tenants(rng: random.Random) -> History:
         late = replace(_request(rng, f"q{len(requests)}", _any_answer(rng)), connection="")
         requests.append(replace(late, at_s=round(expires_s + rng.choice((0.0, 0.2, 1.0)), 3)))
     elif may < 0.4:
-        models = tuple(sorted(rng.sample(list(MODELS), 6)))
+        models = tuple(sorted(rng.sample(ORDINARY, 6)))
         keys = (replace(keys[0], models=models), *keys[1:])
         late = _request(rng, f"q{len(requests)}", _any_answer(rng), models=models)
         requests.append(replace(late, fallbacks=rng.choice(((), ("pair",), ("fee",)))))
@@ -1080,7 +1095,7 @@ PROFILES: Sequence[tuple[str, int, Callable[[random.Random], History]]] = (
 
 
 def _request(
-    rng: random.Random, name: str, *answers: Answer, models: Sequence[str] = tuple(MODELS), spread: float = 1.0
+    rng: random.Random, name: str, *answers: Answer, models: Sequence[str] = ORDINARY, spread: float = 1.0
 ) -> Request:
     """Draw an ordinary request, that reads all."""
     stream = rng.random() < 0.6
@@ -1138,6 +1153,27 @@ def _invalid(rng: random.Random, history: History) -> list[Request]:
         if rng.random() < 0.2:
             requests[-2] = _reading(rng, requests[-2])
     return requests
+
+
+def _grouped(rng: random.Random, history: History) -> History:
+    """Return a history most of whose requests are for a model with a group of equals, and of few sessions."""
+    first, second = rng.sample([f"s{number}" for number in range(6)], 2)
+    sessions = ("", first, first, second)
+    steps: list[Step] = []
+    drawn: dict[str, tuple[str, str]] = {}  # by what all with one Idempotency-Key have in common
+    for step in history.steps:
+        if isinstance(step, Request) and step.model != "served" and not step.tier:
+            model = rng.choice((step.model, "shared", "shared", "skewed"))
+            found = drawn.setdefault(step.repeats or step.text_of or step.name, (model, rng.choice(sessions)))
+            steps.append(replace(step, model=found[0], session=found[1]))
+        else:
+            steps.append(step)
+    lasts_s = max(step.at_s for step in history.steps)
+    for number in range(rng.randint(1, 4)):
+        request = _request(rng, f"qg{number}", _any_answer(rng), models=("shared", "shared", "skewed"))
+        at_s, session = round(rng.random() * lasts_s, 3), rng.choice(sessions)
+        steps.append(replace(request, at_s=at_s, session=session, worker=rng.randint(0, 1), tier=""))
+    return replace(history, steps=tuple(sorted(steps, key=lambda step: step.at_s)))
 
 
 def _reading(rng: random.Random, request: Request, share: float = 0.7) -> Request:

@@ -35,7 +35,7 @@ from simulation.books import (
     sources_are_told,
     tokens_are_reported,
 )
-from simulation.breakers import breakers_hold, ejections_hold, upstreams_are_right
+from simulation.breakers import breakers_hold, ejections_hold, sessions_stay, upstreams_are_right
 from simulation.client import Sight, data_of
 from simulation.history import PROVIDER_SECRET, UPSTREAMS, WRITE_TIMEOUT_S, rendered
 from simulation.holds import (
@@ -478,6 +478,7 @@ RULES: Final[tuple[Rule, ...]] = (
     breakers_hold,
     ejections_hold,
     upstreams_are_right,
+    sessions_stay,
     repeats_agree,
     conflicts_are_refused,
     changes_hold,

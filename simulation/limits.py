@@ -11,7 +11,7 @@ from simulation.accounts import DAY_S, MINUTE_S, AccountPlan, Bucket, Limits
 from simulation.bills import BYTES_A_TOKEN, TOKENS_OF_FRAMES, TOOL_NAME_TOKENS, estimates, least_held, over_at
 from simulation.client import Sight
 from simulation.history import DEFAULT_OUTPUT_TOKENS, LEASE_TOKENS, MAX_OUTPUT_TOKENS, TURNS
-from simulation.provider import TOKENS_OF_A_MESSAGE
+from simulation.provider import CITATION_TOKENS, TOKENS_OF_A_MESSAGE, prompt_tokens
 from simulation.reasons import (
     REFUSED,
     TEMPLATE_TOKENS,
@@ -331,8 +331,8 @@ def _may_take(sight: Sight) -> bool:
 def _taken(view: View, sight: Sight, kind: str) -> Taken:
     """Return what is known of what a request took."""
     event = next((each for each in view.settled.get(sight.request_id, ()) if each["hold"] != "none"), None)
-    if event is None:  # nothing, or what its worker's end or a lost reply left behind
-        most = 1 if kind == "requests" else tokens_taken(view, sight)[1]
+    if event is None:  # nothing, or what its worker's end, a lost reply or a failover left behind
+        most = 1 if kind == "requests" else max(tokens_taken(view, sight)[1], _used_at_most(view, sight))
         return Taken(sight.began_at, math.inf, 0, most, 0, math.inf)
     settled_at = int(event["settled_ms"]) / 1000 - view.first_offset_s
     others = (what for what in STORE if what != "clock")
@@ -346,6 +346,12 @@ def _taken(view: View, sight: Sight, kind: str) -> Taken:
     used = int(event["prompt_tokens"]) + int(event["completion_tokens"])
     has_slices = sight.request.stream and sight.request.max_tokens is None
     return Taken(sight.began_at, until, least, most, used, settled_at, settled_at if has_slices else -math.inf)
+
+
+def _used_at_most(view: View, sight: Sight) -> int:
+    """Return the most tokens that a request may have been settled with, of which nothing is known any more."""
+    used = [prompt_tokens(call.body) + CITATION_TOKENS + call.made for call in view.own_calls(sight)[-1:]]
+    return estimates(0, max(used, default=0))[1]
 
 
 def tokens_taken(view: View, sight: Sight) -> tuple[int, int]:

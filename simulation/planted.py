@@ -1416,6 +1416,22 @@ PLANTED: Final = [
         "        self.gateway.active = new\n",
         "        old.providers.update(new.providers)\n        self.gateway.active = new\n",
     ),
+    # Groups of equals.
+    Planted(
+        "a session goes to any of its equals", "policy/route_health.py", "if session is not None:", 'if session == "?":'
+    ),
+    Planted(
+        "a session goes to another of its equals in each worker",
+        "policy/route_health.py",
+        'name = f"{session}\\0{candidate.upstream}',
+        "name = f\"{__import__('os').getpid()}{session}\\0{candidate.upstream}",
+    ),
+    Planted(
+        "a session doesn't know of weights",
+        "policy/route_health.py",
+        "return -math.log(point) / candidate.share",
+        "return -math.log(point)",
+    ),
     # Without the store.
     Planted(
         "a worker enforces half of its share",

@@ -125,7 +125,11 @@ def toml(history: History, models: Mapping[str, Model], places: Mapping[str, str
         ]
     for name, model in models.items():
         price = model.price
-        routes = ", ".join(f"{{ upstream = '{route}', model = 'up-{name}' }}" for route in model.routes)
+        weights = [f", weight = {weight}" for weight in model.weights] + [""] * len(model.routes)
+        routes = ", ".join(
+            f"{{ upstream = '{route}', model = 'up-{name}'{weight} }}"
+            for route, weight in zip(model.routes, weights, strict=False)
+        )
         lines += [
             f"[models.'{name}']\nupstreams = [{routes}]\ncontext_window = {model.context_window}",
             f"max_output_tokens = {MAX_OUTPUT_TOKENS}\nrequest_usd = '{usd(price.request)}'",

@@ -239,6 +239,12 @@ def let_through(case):
     case.record.books = {0: book(settled())}
 
 
+def session_moved(case):
+    case.call.body["model"] = "up-shared"
+    case.twice(request=replace(case.sight.request, name="q1"), marker="mk1q1z")
+    case.record.calls.append(replace(case.call, marker="mk1q1z", upstream="two"))
+
+
 def another_address(case):
     case.call.place = "new"
 
@@ -422,6 +428,7 @@ BREAKS = [
     (asked_in_spite_of_failures, "breakers_hold"),
     (read_in_spite_of_its_client, "streams_wait", Request("q0", stream=True, reads="stalls")),
     (another_address, "upstreams_are_right"),
+    (session_moved, "sessions_stay", Request("q0", model="shared", session="s1")),
     (second_asked_first, "ejections_hold", Request("q0", model="pair")),
     (repeats_differ, "repeats_agree"),
     (revoked_and_served, "changes_hold"),

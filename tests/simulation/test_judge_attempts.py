@@ -393,7 +393,7 @@ def test_a_deadline_may_pass_while_a_provider_is_connected_to(status, timeout_s,
 
 GOOD = Answer()
 BUSY, SHORT_OF_IT = Answer(status=503, error="busy", wait_s=2.0), Answer(status=429, error="limit")
-SPENT, SLOW = Answer(status=402, error="credit"), Answer(status=503, error="busy", wait_s=1.05, pieces=10)
+SPENT, SLOW = Answer(status=429, error="quota"), Answer(status=503, error="busy", wait_s=1.05, pieces=10)
 LONG_BUSY, AT_ONCE = Answer(status=529, error="busy", wait_s=90.0), Answer(status=503, error="busy")
 
 
@@ -413,6 +413,7 @@ LONG_BUSY, AT_ONCE = Answer(status=529, error="busy", wait_s=90.0), Answer(statu
         pytest.param("one", [(LONG_BUSY, -50.0)], True, id="one that asked for more than a minute"),
         pytest.param("one", [(SPENT, -49.8)], False, id="one where the quota is spent"),
         pytest.param("one", [(SPENT, -50.0)], True, id="one where the quota was spent"),
+        pytest.param("one", [(Answer(status=402, error="credit"), 8.0)], True, id="one that refused the gateway"),
         pytest.param("two", [(SPENT, -50.0)], True, id="another where the quota may be spent"),
         pytest.param("one", [(SLOW, 9.1)], True, id="one that said so in a head whose body came later"),
         pytest.param("two", [(BUSY, 7.81)], True, id="another whose wait may not be over"),
