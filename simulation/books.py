@@ -179,6 +179,21 @@ def tokens_are_reported(view: View) -> Iterator[str]:
                 yield f"{sight.request_id}: {found} tokens were billed as {bill}"
 
 
+def settlements_come(view: View) -> Iterator[str]:
+    """Check that a request is settled when it is over, or when the store, its disk or its worker is there again."""
+    for sight in view.record.sights if not view.clock_jumps else ():
+        if sight.request.reads in {"slowly", "stalls"} or ran_short(view, sight):
+            continue
+        for event in view.settled.get(sight.request_id, ()):
+            due = over = over_at(view, sight)
+            for trouble in sorted(view.record.troubles, key=lambda each: each.start):
+                if trouble.start <= due + LATENCY_S and trouble.end >= over and trouble.worker in view.workers(sight):
+                    due = max(due, trouble.end)
+            late_s = int(event["settled_ms"]) / 1000 - view.first_offset_s - due
+            if late_s > LATENCY_S:
+                yield f"{sight.request_id} was settled {late_s:.1f} s after it was over and could be"
+
+
 def sources_are_told(view: View) -> Iterator[str]:
     """Check that a settlement says where its tokens are from: the provider's report, an estimate, or that nothing was used."""
     for sight in view.record.sights:

@@ -855,7 +855,13 @@ def _alone(rng: random.Random) -> History:
         steps.append(WorkerEvent(round(killed_at, 3), "killed", 0, until_s))
         times += [killed_at + until_s + 0.4 + rng.random() for _ in range(rng.randint(3, 5))]
     else:
-        again_at = lost_at + lost_s + 6.0
+        back_s = 6.0
+        if (
+            workers == 2 and rng.random() < 0.5
+        ):  # before each of two has reported again to a store that has forgotten them
+            lost_s, back_s = 18.0, rng.choice((2.8, 4.0))
+            steps = [Fault(lost_at, what, for_s=lost_s)]
+        again_at = lost_at + lost_s + back_s
         steps.append(Fault(again_at, what, for_s=5.0))
         times += [again_at + 0.2 + rng.random() * 2 for _ in range(rng.randint(3, 5))]
     lasts_s = (1.2, 2.0, 3.0) if near == "slots" else (0.0, 0.0, 0.5)

@@ -32,6 +32,7 @@ from simulation.books import (
     full_journals_deny,
     grants_count_once,
     losses_are_told,
+    settlements_come,
     sources_are_told,
     tokens_are_reported,
 )
@@ -451,6 +452,7 @@ RULES: Final[tuple[Rule, ...]] = (
     charges_are_bills,
     tokens_are_reported,
     sources_are_told,
+    settlements_come,
     costs_are_told,
     ends_are_honest,
     answers_are_not_lost,

@@ -1589,6 +1589,18 @@ PLANTED: Final = [
         "MAX_BUFFERED_BYTES = 32_768",
         "MAX_BUFFERED_BYTES = 32_768 * 8",
     ),
+    Planted(
+        "a lower number of workers holds at once",
+        "ledger/local.py",
+        "max(count, self._told, self._at_least), count\n",
+        "max(count, self._at_least), count\n",
+    ),
+    Planted(
+        "a journal is replayed a settlement at a time",
+        "ledger/journal.py",
+        "            self._pending.popleft()\n            count += 1\n",
+        "            self._pending.popleft()\n            return 1\n",
+    ),
     # Drains, and bodies that don't end.
     Planted(
         "a drain doesn't wait for what runs without its client",

@@ -355,6 +355,10 @@ def ended_late(case):
     case.record.drains = [Drain(0, 10.5, 12.0)]
 
 
+def settled_late(case):
+    case.record.books = {0: book(settled(settled_ms=13_000))}
+
+
 def read_in_spite_of_its_client(case):
     case.sight.payload, case.call.sent_bytes = b"", 400_000
 
@@ -426,6 +430,7 @@ BREAKS = [
     (tokens_kept, "buckets_are_right"),
     (not_failed_over, "failover_happens"),
     (asked_in_spite_of_failures, "breakers_hold"),
+    (settled_late, "settlements_come"),
     (read_in_spite_of_its_client, "streams_wait", Request("q0", stream=True, reads="stalls")),
     (another_address, "upstreams_are_right"),
     (session_moved, "sessions_stay", Request("q0", model="shared", session="s1")),

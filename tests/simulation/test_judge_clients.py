@@ -80,7 +80,7 @@ def replayed(sent_at, came_at):
         case.call.lines_at, case.call.ended_at = [sent_at], sent_at
         case.sight.ended_at, case.sight.times = sent_at, [(sent_at, len(STREAM))]
         case.sight.began_at = case.sight.sent_at = case.call.at = sent_at - 1
-        case.record.books = {0: book(settled())}
+        case.record.books = {0: book(settled(settled_ms=round(sent_at * 1000)))}
 
     return change
 
@@ -165,7 +165,8 @@ def replayed_as(*, says, has_run, pinged=False):
         if pinged:
             repeat.payload = b": ping\n\n" + repeat.payload
         if has_run:
-            case.record.books = {0: book(settled(), settled(hold_id="h2", request_id="id-q1", cost_nusd=0))}
+            again = settled(hold_id="h2", request_id="id-q1", cost_nusd=0)
+            case.record.books = {0: book(settled(settled_ms=5_000), again)}
 
     return change
 

@@ -444,3 +444,30 @@ def test_a_balance_that_nobody_saw_may_be_told_only_after_a_failover(start, end,
     case.record.samples.insert(0, Sample(7.0, 0, GRANTED, 0))
     case.record.troubles = [Trouble("failover", start, end)]
     assert ("accounts_are_told" in {finding.rule for finding in judge(case.record)}) != excused
+
+
+GONE = Trouble("gone", 10.5, 20.0)
+
+
+@pytest.mark.parametrize(
+    ("settled_at", "troubles", "reads", "is_right"),
+    [
+        pytest.param(12.0, [], "all", True, id="when it is over"),
+        pytest.param(12.01, [], "all", False, id="later"),
+        pytest.param(12.01, [Trouble("gone", 1.0, 10.9)], "all", False, id="later, and the store was there again"),
+        pytest.param(21.0, [GONE], "all", True, id="when the store is there again"),
+        pytest.param(21.01, [GONE], "all", False, id="after the store is there again"),
+        pytest.param(31.0, [GONE, Trouble("slow", 21.0, 30.0)], "all", True, id="when it isn't slow any more"),
+        pytest.param(31.0, [GONE, Trouble("slow", 21.01, 30.0)], "all", False, id="after it could be before"),
+        pytest.param(16.0, [Trouble("killed", 11.5, 15.0, 0)], "all", True, id="by its worker's successor"),
+        pytest.param(16.0, [Trouble("killed", 11.5, 15.0, 1)], "all", False, id="while another was started"),
+        pytest.param(99.0, [Trouble("clock", 11.5, 15.0)], "all", True, id="by another clock"),
+        pytest.param(60.0, [], "slowly", True, id="when its client has taken all"),
+    ],
+)
+def test_a_request_is_settled_when_it_is_over(settled_at, troubles, reads, is_right):
+    case = Case(replace(REQUEST, reads=reads))
+    case.record.history = replace(case.record.history, workers=2)
+    case.record.troubles = troubles
+    case.record.books = {0: book(settled(settled_ms=round(settled_at * 1000)))}
+    assert ("settlements_come" not in {finding.rule for finding in judge(case.record)}) == is_right
