@@ -273,9 +273,9 @@ class Exchange(Struct, eq=False):
             self.outcome = outcome
             self.code = "" if outcome == "client_disconnected" else self.code
 
-    def mark_sent(self) -> None:
-        """Record that all of the request was sent to a provider, which may therefore bill its prompt."""
-        self.may_be_billed = True
+    def mark_sent(self, is_whole: bool) -> None:  # noqa: FBT001 # a callback
+        """Record whether all of the request was sent to a provider, which may therefore bill its prompt."""
+        self.may_be_billed = is_whole
 
     def record_failure(self, error: UpstreamError) -> None:
         """Record the error that broke off an answer that had begun."""

@@ -198,12 +198,17 @@ class Connection(asyncio.Protocol):
             self._poll.register(sock.fileno(), select.POLLIN)
         return bool(self._poll.poll(0))
 
-    def abandon(self, answer: "asyncio.Future[Response]") -> None:
-        """Give up an `answer` that isn't awaited any more. Closes the connection only if that exchange uses it."""
+    def abandon(self, answer: "asyncio.Future[Response]") -> bool:
+        """Give up an `answer` that isn't awaited any more; return whether all of its request had left this process.
+
+        Closes the connection only if that exchange uses it.
+        """
+        is_sent = answer is not self._answer or not self._has_unsent()
         if answer is self._answer:
             self.abort()
         elif not answer.cancelled() and answer.exception() is None:
             answer.result().close()
+        return is_sent
 
     def pause(self) -> None:
         """Stop reading from the socket."""
@@ -324,12 +329,16 @@ class Connection(asyncio.Protocol):
         if self._paused:
             self.resume()
         self._response = self._body = None
-        unsent = transport.get_write_buffer_size() or (self.carried_by and self.carried_by.get_write_buffer_size())
-        is_dirty = body.surplus or unsent or transport.is_closing()
+        is_dirty = body.surplus or self._has_unsent() or transport.is_closing()
         self.advance(Event.DIRTY_END if is_dirty else Event.END)
         if self.state is State.IDLE:
             self._on_idle(self)
         self.sink.end()
+
+    def _has_unsent(self) -> bool:
+        """Return whether a part of the request is still in this process. To close the connection drops it."""
+        transports = self._transport, self.carried_by
+        return any(each is not None and each.get_write_buffer_size() for each in transports)
 
     # Deadlines.
 

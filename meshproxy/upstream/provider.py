@@ -315,13 +315,13 @@ class Provider:
         self._pool = Pool(dialer.dial, timeouts, limit=settings.max_connections, wait_s=settings.connect_timeout_s)
 
     async def post(
-        self, path: str, headers: Sequence[tuple[str, str]], body: bytes, on_sent: Callable[[], None] | None = None
+        self, path: str, headers: Sequence[tuple[str, str]], body: bytes, on_sent: Callable[[bool], None] | None = None
     ) -> Response:
         """Send one request and return its answer once the head has arrived, whatever the status.
 
-        `path` is appended to the base URL's path. `on_sent` is called when the request is written. Raises UpstreamError
-        if no answer came, and GatewayError (client) for headers that can't be sent. Cancelling the awaiting task closes
-        the connection at once.
+        `path` is appended to the base URL's path. `on_sent` is called with True when the request is written, and again
+        when it is given up: with False if its last byte hadn't left then. Raises UpstreamError if no answer came, and
+        GatewayError (client) for headers that can't be sent. Cancelling the awaiting task closes the connection at once.
         """
         begin = self._heads.get(path) or self._begin(path)
         lines = "".join([self._line(name, value) for name, value in headers]).encode("latin-1") if headers else b""
@@ -338,11 +338,13 @@ class Provider:
         if connection is None or answer is None:
             raise unreachable(ConnectionResetError())
         if on_sent is not None:
-            on_sent()
+            on_sent(True)  # noqa: FBT003 # a callback
         try:
             return await answer
         except asyncio.CancelledError:
-            connection.abandon(answer)
+            is_sent = connection.abandon(answer)
+            if on_sent is not None:
+                on_sent(is_sent)
             raise
 
     def retire(self) -> None:

@@ -295,6 +295,15 @@ FOUND = {
             ),
         ),
     ),
+    "a prompt was charged of which the provider had only a part": History(
+        10234894,
+        "found",
+        workers=2,
+        steps=(
+            Request("q5", at_s=0.356, prompt_words=20_000, reads="leaves", after=0.02, answers=(Answer(words=1),)),
+            Request("q2", at_s=0.398, prompt_words=1, answers=(Answer(words=1),)),
+        ),
+    ),
     "a stream that had ended took more of the local allowance": History(
         20194314,
         "found",

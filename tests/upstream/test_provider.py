@@ -163,6 +163,26 @@ async def test_connections_that_turn_out_dead_are_all_passed_over(asked, provide
     assert (asked.connections, len(asked.requests)) == (idle + 1, idle + 1)
 
 
+@pytest.mark.parametrize(("size", "is_sent"), [(20, True), (50_000_000, False)])
+async def test_a_request_that_is_given_up_in_its_body_was_not_sent(serve, provide, size, is_sent):
+    begun = asyncio.Event()
+
+    async def script(conversation):
+        await conversation.reader.readuntil(b"\r\n\r\n")
+        conversation.writer.transport.pause_reading()
+        begun.set()
+        await asyncio.Event().wait()
+
+    told = []
+    server = await serve(script)
+    task = asyncio.create_task(provide(server.url).post("/x", (), b"a" * size, told.append))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert told == [True, is_sent]
+
+
 async def test_the_key_is_in_no_fault(serve, provide, unused_tcp_port):
     async def script(conversation):
         await conversation.answer(b"HTTP/1.1 nonsense sk-canary\r\n\r\n")
