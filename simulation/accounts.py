@@ -9,6 +9,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 MINUTE_S, DAY_S = 60, 86_400
+LIMITS: Final = ("requests_per_minute", "burst", "tokens_per_minute", "requests_per_day", "max_parallel")
 
 
 class Bucket(NamedTuple):
@@ -54,6 +55,12 @@ class Limits(Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True, k
         return found + ([] if daily is None else [Bucket("requests", daily, daily, DAY_S)])
 
     @property
+    def limits(self) -> dict[str, int]:
+        """The limits, by their names."""
+        found = {name: getattr(self, name) for name in LIMITS}
+        return {name: limit for name, limit in found.items() if limit is not None}
+
+    @property
     def budgets(self) -> dict[str, int]:
         """The budgets, by the word that messages have for their period."""
         budgets = {"total": self.budget_nusd, "daily": self.daily_nusd, "monthly": self.monthly_nusd}
@@ -84,6 +91,7 @@ BOUNDED: Final[Mapping[str, float]] = {
     "mixed": 0.2,
     **dict.fromkeys(("workers", "clients", "long"), 0.1),
 }
+MOVED_UP: Final = 0.15  # of histories in which a key has limits: its account has them in its place
 CROSSING: Final = 0.03  # of all histories, which go on past midnight
 BUDGETS: Final = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
 
@@ -146,10 +154,21 @@ def bounded(rng: random.Random, profile: str, accounts: int, keys: tuple[KeyPlan
     if rng.random() < BOUNDED.get(profile, 0.0):
         plans = tuple(limited_account(rng) if rng.random() < 0.6 else AccountPlan() for _ in range(accounts))
         keys = tuple(_dated(rng, key) if rng.random() < 0.4 else key for key in keys)
+    elif rng.random() < MOVED_UP and any(key.limits for key in keys):
+        plans, keys = _moved_up(keys)
     has_dates = any(plan.daily_nusd is not None or plan.monthly_nusd is not None for plan in (*plans, *keys))
     if rng.random() > (0.6 if has_dates else CROSSING):
         return Bounded(plans, keys)
     return Bounded(plans, keys, rng.choice((0.2, 0.5, 1.5, 3.0, 8.0)), rng.random() < 0.4)
+
+
+def _moved_up(keys: tuple[KeyPlan, ...]) -> tuple[tuple[AccountPlan, ...], tuple[KeyPlan, ...]]:
+    """Return accounts with the limits of their first key that has some, and keys without limits."""
+    plans = [AccountPlan() for _ in range(1 + max(key.account for key in keys))]
+    for key in keys:
+        if key.limits and not plans[key.account].limits:
+            plans[key.account] = AccountPlan(**key.limits)
+    return tuple(plans), tuple(replace(key, **dict.fromkeys(key.limits)) for key in keys)
 
 
 def _dated(rng: random.Random, key: KeyPlan) -> KeyPlan:

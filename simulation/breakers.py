@@ -167,7 +167,8 @@ def _is_surely_ejected(view: View, sight: Sight, upstream: str, model: str, unti
     for call, is_sure in _calls_to(view, worker, upstream, model):
         early_s = call.answer.pause_s + HOP_S if call.answer.dated else 0.0  # by which a date may be nearer
         ejected_at = call.at + call.answer.delay_s  # at the earliest, by its head
-        if is_sure and call.ended_at + HOP_S < sight.began_at and until < ejected_at + _ejected_s(call) - early_s:
+        is_over = is_sure and call.ended_at + HOP_S < sight.began_at
+        if is_over and _ejected_s(call) and until < ejected_at + _ejected_s(call) - early_s:
             return True
     known = _results(view, worker, upstream, model)
     ended = [each for each in known if each.ended_at + HOP_S < sight.began_at][-FAILED_IN_A_ROW:]

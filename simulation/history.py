@@ -276,6 +276,7 @@ REROUTED = {  # the upstreams that models may have after a reload
     "drained-first": (("one",), ("two", "drained")),
     "odd": (("one",),),
 }
+WITH_DAYS = 0.15
 WITH_GROUPS, GROUPED = 0.1, ("dialects", "providers", "clients", "credit", "store", "workers", "mixed")
 WITH_INVALID = 0.08  # of all histories have invalid requests
 KEPT_BYTES = (None, None, 1_500, 3_000)  # of an answer with an Idempotency-Key; None: the gateway's default
@@ -526,7 +527,11 @@ def draw(seed: int) -> History:
     steps = tuple(sorted(made.steps, key=lambda step: step.at_s))
     fast_path = rng.random() > 0.15
     made = replace(made, seed=seed, profile=profile, steps=steps, fast_path=fast_path)
-    made = replace(made, **asdict(bounded(rng, profile, len(made.credit), made.keys)))
+    if profile == "credit" and rng.random() < WITH_DAYS:
+        made = replace(_days(rng), seed=seed, profile=profile, fast_path=fast_path)
+        steps = tuple(sorted(made.steps, key=lambda step: step.at_s))
+    else:
+        made = replace(made, **asdict(bounded(rng, profile, len(made.credit), made.keys)))
     if rng.random() < WITH_INVALID:
         steps = tuple(sorted([*steps, *_invalid(rng, made)], key=lambda step: step.at_s))
     made = replace(made, steps=steps)
@@ -808,6 +813,29 @@ def _credit(rng: random.Random) -> History:
             requests.append(replace(late, at_s=round(change.at_s + rng.choice((2.8, 3.5, 6.0)), 3), key=change.key))
     steps = [*requests, *changes]
     return History(0, "", credit=credit, keys=keys, workers=rng.randint(1, 2), steps=tuple(steps))
+
+
+def _days(rng: random.Random) -> History:
+    """Draw a budget of a day, of a month or in all that is used up, and requests just before and after midnight."""
+    budget = {rng.choice(("budget_nusd", "daily_nusd", "monthly_nusd")): rng.choice((400_000, 700_000, 1_500_000))}
+    is_accounts, midnight_s = rng.random() < 0.5, 3.0
+    requests: list[Step] = []
+    for number in range(rng.randint(5, MAX_REQUESTS)):
+        answer = replace(_any_answer(rng), words=rng.choice((8, 20, 45)), gap_s=rng.choice((0.0, 0.02, 0.2)))
+        late_s = rng.choice((-1.5, -1.0, -1.0, -0.2, 0.0, 0.3, 1.0, 2.0))
+        request = _request(rng, f"q{number}", answer, models=("plain", "pair", "thinking", "drained"))
+        moved = replace(request, at_s=round(midnight_s + late_s + rng.random() * 0.3, 3), connection="", timeout_s=None)
+        requests.append(replace(moved, key=rng.randint(0, 1), prompt_words=min(moved.prompt_words, 40)))
+    return History(
+        0,
+        "",
+        keys=(KeyPlan() if is_accounts else replace(KeyPlan(), **budget), KeyPlan()),
+        accounts=(replace(AccountPlan(), **budget),) if is_accounts else (),
+        midnight_s=midnight_s,
+        ends_month=rng.random() < 0.3,
+        workers=rng.randint(1, 2),
+        steps=(*requests, *_looks(rng, 1)),
+    )
 
 
 def _store(rng: random.Random) -> History:

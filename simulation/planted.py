@@ -1340,6 +1340,30 @@ PLANTED: Final = [
         "spent >= mark and spent - cost < mark",
         "spent >= mark",
     ),
+    Planted(
+        "a day's budget counts no holds",
+        LUA + "spend.lua",
+        "local counted = tonumber(spent[index] or 0) + held",
+        "local counted = tonumber(spent[index] or 0) + (index == 2 and 0 or held)",
+    ),
+    Planted(
+        "a month's budget begins anew each day",
+        LUA + "spend.lua",
+        "'total', 'day:' .. day, 'month:' .. month)",
+        "'total', 'day:' .. day, 'day:' .. day)",
+    ),
+    Planted(
+        "an account's limits aren't enforced without Redis",
+        "ledger/local.py",
+        '            *self._debits_of("account", request.account, request.account_limits, request.tokens),\n',
+        "",
+    ),
+    Planted(
+        "an account's slots aren't enforced without Redis",
+        "ledger/local.py",
+        '            ("account", account, request.account_limits),\n',
+        "",
+    ),
     # Invalid requests.
     Planted("a temperature has no bound", "openai/request.py", "Annotated[float, Meta(ge=0, le=2)]", "float"),
     Planted(

@@ -78,7 +78,6 @@ NEXT_S: Final = 1.0  # in which another provider is asked for an answer that is 
 JOURNAL_S: Final = 5.0  # after which the journal has been replayed
 MAX_TURNS: Final = 400_000
 SET_UP_S: Final = 10.0  # that a set-up takes at most, where the time of day matters
-LIMITS: Final = ("requests_per_minute", "burst", "tokens_per_minute", "requests_per_day", "max_parallel")
 BUGS: Final = frozenset(
     {"task_failed", "internal_error", "settlement_lost", "settlement_refused", "usage_refused_late"}
 )
@@ -610,7 +609,7 @@ class Play:
 def _bounds(plan: Limits) -> Bounds:
     """Return the limits and budgets of a key or an account, as an operator gives them."""
     budgets: dict[str, int | None] = {f"{period}_nusd": budget for period, budget in plan.budgets.items()}
-    return Bounds(limits={name: getattr(plan, name) for name in LIMITS}, budgets=budgets)
+    return Bounds(limits=dict(plan.limits), budgets=budgets)
 
 
 def _until_midnight(wall: float, *, ends_month: bool) -> float:

@@ -416,6 +416,7 @@ LONG_BUSY, AT_ONCE = Answer(status=529, error="busy", wait_s=90.0), Answer(statu
         pytest.param("one", [(Answer(status=402, error="credit"), 8.0)], True, id="one that refused the gateway"),
         pytest.param("two", [(SPENT, -50.0)], True, id="another where the quota may be spent"),
         pytest.param("one", [(SLOW, 9.1)], True, id="one that said so in a head whose body came later"),
+        pytest.param("one", [(replace(GOOD, delay_s=40.0), 9.0)], True, id="one that answered late"),
         pytest.param("two", [(BUSY, 7.81)], True, id="another whose wait may not be over"),
         pytest.param("two", [(BUSY, 7.79)], False, id="another whose wait is over"),
         pytest.param("two", [(LONG_BUSY, -50.3)], False, id="another that asked for a minute"),
