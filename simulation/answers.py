@@ -308,8 +308,9 @@ def _kept_connections(view: View, drain: Drain) -> Iterator[str]:
                 yield f"{sight.request_id} was answered {begins_at - drain.start:.2f} s after a drain began, to keep alive"
     for idle in view.record.idles:
         is_ours = idle.worker % view.history.workers == drain.worker
-        if is_ours and idle.since <= drain.start and drain.start + ENDED_S < idle.until:
-            yield f"gateway-{drain.worker} kept a connection for {idle.until - drain.start:.2f} s of a drain"
+        since = max(idle.since, drain.start)
+        if is_ours and idle.since <= drain.end and since + ENDED_S < idle.until:
+            yield f"gateway-{drain.worker} kept a connection for {idle.until - since:.2f} s of a drain"
 
 
 # Waits and repeats.

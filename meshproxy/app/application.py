@@ -231,6 +231,7 @@ class DataListener:
         await self._site.stop()
         if self._runner.connected():
             await wait_for_event(interrupt, LINGER_S)
+        worker.chat.closes_idle = True
         self._runner.close_idle()
         await _wait_until(self._is_done, server.drain_s, interrupt)
         await self._end()

@@ -325,6 +325,7 @@ class ChatHandler:
 
     def __init__(self, gateway: Gateway, clock: Callable[[], float], trusted_proxies: TrustedProxies) -> None:
         self.trusted_proxies = trusted_proxies  # replaced by a reload
+        self.closes_idle = False  # whether a connection is closed after its answer, also if that doesn't say so
         self._gateway = gateway
         self._clock = clock
 
@@ -353,7 +354,7 @@ class ChatHandler:
             if reply is not None:
                 stream.reply(reply)
             stream.end()
-            keep_open = stream.keep_alive
+            keep_open = stream.keep_alive and not self.closes_idle
         finally:
             connection.answered(keep_alive=keep_open)
 
@@ -381,7 +382,7 @@ class ChatHandler:
             stream.reply(reply)
         stream.end()
         await request.writer.drain()  # otherwise the answers to a client that reads none would pile up
-        return WrittenResponse(keep_alive=stream.keep_alive)
+        return WrittenResponse(keep_alive=stream.keep_alive and not self.closes_idle)
 
     def _call(
         self,

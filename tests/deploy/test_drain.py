@@ -111,6 +111,26 @@ async def test_an_idle_connection_is_closed_and_one_in_use_is_not(site):
     assert await gateway.exit() == 0
 
 
+@pytest.mark.parametrize("fast_path", [True, False])
+async def test_a_connection_is_closed_after_a_stream_that_had_begun_before(site, fast_path):
+    gateway = await site.gateway(models=MODELS, fast_path=fast_path)
+    caller = await site.key()
+    reader, writer = await asyncio.open_connection(*gateway.address)
+    writer.write(chat_bytes(caller.auth, model=BRIEF, stream=True))
+    head = await reader.readuntil(b"\r\n\r\n")
+    _, task = await site.flowing(gateway.url, caller, LONG)
+    gateway.send(signal.SIGTERM)
+    async with asyncio.timeout(5):
+        rest = await reader.read()
+    assert b"connection: close" not in head.lower()
+    assert rest.endswith(b"0\r\n\r\n")
+    assert not task.done()
+    gateway.send(signal.SIGTERM)
+    await task
+    writer.close()
+    assert await gateway.exit() == 0
+
+
 async def test_a_body_that_is_still_coming_is_taken(site):
     gateway = await site.gateway(models=MODELS)
     caller = await site.key()

@@ -304,6 +304,16 @@ FOUND = {
             Request("q2", at_s=0.398, prompt_words=1, answers=(Answer(words=1),)),
         ),
     ),
+    "a drain kept a connection whose stream had begun before": History(
+        10239814,
+        "found",
+        steps=(
+            Request("q5b", at_s=0.137, stream=True, prompt_words=1, reads="stalls", answers=(Answer(bulk=20_000),)),
+            Request("q4b", at_s=0.867, stream=True, prompt_words=1, connection="c1", answers=(Answer(gap_s=0.2),)),
+            WorkerEvent(1.959, "drained"),
+            WorkerEvent(16.859, "drained"),
+        ),
+    ),
     "a stream that had ended took more of the local allowance": History(
         20194314,
         "found",

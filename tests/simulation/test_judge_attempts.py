@@ -394,6 +394,7 @@ def test_a_deadline_may_pass_while_a_provider_is_connected_to(status, timeout_s,
 GOOD = Answer()
 BUSY, SHORT_OF_IT = Answer(status=503, error="busy", wait_s=2.0), Answer(status=429, error="limit")
 SPENT, SLOW = Answer(status=429, error="quota"), Answer(status=503, error="busy", wait_s=1.05, pieces=10)
+NEVER = Answer(delay_s=2.0)
 LONG_BUSY, AT_ONCE = Answer(status=529, error="busy", wait_s=90.0), Answer(status=503, error="busy")
 
 
@@ -415,6 +416,7 @@ LONG_BUSY, AT_ONCE = Answer(status=529, error="busy", wait_s=90.0), Answer(statu
         pytest.param("one", [(SPENT, -50.0)], True, id="one where the quota was spent"),
         pytest.param("one", [(Answer(status=402, error="credit"), 8.0)], True, id="one that refused the gateway"),
         pytest.param("two", [(SPENT, -50.0)], True, id="another where the quota may be spent"),
+        pytest.param("one", [(NEVER, 9.1)], True, id="one whose answer wasn't waited for"),
         pytest.param("one", [(SLOW, 9.1)], True, id="one that said so in a head whose body came later"),
         pytest.param("one", [(replace(GOOD, delay_s=40.0), 9.0)], True, id="one that answered late"),
         pytest.param("two", [(BUSY, 7.81)], True, id="another whose wait may not be over"),

@@ -552,7 +552,9 @@ def test_an_answer_in_a_drain_says_that_its_connection_is_closed(began_at, worke
         pytest.param(Idle(0, 9.0, SIGNAL + 0.51), False, id="kept"),
         pytest.param(Idle(2, 9.0, SIGNAL + 0.51), False, id="kept by the same worker's number"),
         pytest.param(Idle(1, 9.0, SIGNAL + 0.51), True, id="kept by another worker"),
-        pytest.param(Idle(0, SIGNAL + 0.01, SIGNAL + 0.9), True, id="idle since a moment later"),
+        pytest.param(Idle(0, SIGNAL + 0.1, SIGNAL + 0.6), True, id="closed after its answer"),
+        pytest.param(Idle(0, SIGNAL + 0.1, SIGNAL + 0.61), False, id="kept after its answer"),
+        pytest.param(Idle(0, SIGNAL + 1.0, SIGNAL + 9.0), True, id="of what is started next"),
     ],
 )
 def test_a_connection_without_a_request_is_closed_in_a_drain(idle, is_right):
