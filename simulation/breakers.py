@@ -321,7 +321,8 @@ def _least_wait_s(view: View, sight: Sight, upstream: str, model: str) -> float:
     worker, now = view.worker(sight), sight.ended_at
     openings = _surely_open(view, worker, _results(view, worker, upstream, model))
     theirs = [opening for account, opening in openings if account in {None, view.key(sight)}]
-    return max((each.until - now for each in theirs if each.since + ASKED_S < now < each.until), default=0.0)
+    late_s = ASKED_S + HOP_S  # the refusal was on its way for a while
+    return max((each.until - now for each in theirs if each.since + late_s < now < each.until), default=0.0)
 
 
 def _most_wait_s(view: View, sight: Sight, upstream: str, model: str, now: float) -> float | None:

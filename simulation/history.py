@@ -818,6 +818,8 @@ def _credit(rng: random.Random) -> History:
 def _days(rng: random.Random) -> History:
     """Draw a budget of a day, of a month or in all that is used up, and requests just before and after midnight."""
     budget = {rng.choice(("budget_nusd", "daily_nusd", "monthly_nusd")): rng.choice((400_000, 700_000, 1_500_000))}
+    if rng.random() < 0.4:  # and a bucket that is empty at the same time
+        budget |= {"requests_per_minute": rng.choice((2, 30)), "burst": 2}
     is_accounts, midnight_s = rng.random() < 0.5, 3.0
     requests: list[Step] = []
     for number in range(rng.randint(5, MAX_REQUESTS)):

@@ -1341,6 +1341,12 @@ PLANTED: Final = [
         "spent >= mark",
     ),
     Planted(
+        "limits are checked before budgets",
+        LUA + "admit.lua",
+        "if short then\n  local room",
+        "if short and wait_ms(key_requests, 1) == 0 and wait_ms(account_requests, 1) == 0 then\n  local room",
+    ),
+    Planted(
         "a day's budget counts no holds",
         LUA + "spend.lua",
         "local counted = tonumber(spent[index] or 0) + held",
@@ -1381,7 +1387,7 @@ PLANTED: Final = [
     Planted(
         "an invalid request ends its connection",
         "server/chat.py",
-        "            keep_open = stream.keep_alive\n",
+        "            keep_open = stream.keep_alive and not self.closes_idle\n",
         "            keep_open = stream.keep_alive = reply is None or reply.status < 413\n",
     ),
     # A provider's bytes.

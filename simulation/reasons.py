@@ -33,7 +33,18 @@ from simulation.history import (
 )
 from simulation.invalid import INVALID
 from simulation.provider import Call
-from simulation.record import HOP_S, LATENCY_S, PROPAGATION_S, RECOVERY_S, STORE, Sample, View, cut_short
+from simulation.record import (
+    HOP_S,
+    LATENCY_S,
+    PERIODS,
+    PROPAGATION_S,
+    RECOVERY_S,
+    STORE,
+    Sample,
+    View,
+    cut_short,
+    date_of,
+)
 
 FOUND_S: Final = 2.0 + 5 * HOP_S  # in which a store that is back is found: the pause of 2 s, and the way there
 BUCKET_S: Final = 60.0  # after which a bucket is full again
@@ -273,6 +284,27 @@ def _over_budget(view: View, sight: Sight, message: str) -> bool:
     )
 
 
+def _is_surely_spent(view: View, sight: Sight) -> bool:
+    """Whether a budget left too little when a request came: then no limit refuses it. Budgets come first (docs/errors.md)."""
+    if most_workers(view, sight) or view.clock_jumps or any(each.what == "failover" for each in view.record.troubles):
+        return False
+    least_nusd = least_needed(view, sight)
+    began_ms, ended_ms = ((at + view.record.store_offset_s) * 1000 for at in (sight.began_at, sight.ended_at))
+    for scope, period, budget in view.budgets(sight):
+        form = PERIODS[period]
+        events = [
+            event
+            for other in view.record.sights
+            if view.is_of(scope, sight, other)
+            for event in view.settled.get(other.request_id, ())
+            if int(event["settled_ms"]) < began_ms - 1
+            and date_of(int(event["settled_ms"]), form) == date_of(ended_ms, form)
+        ]
+        if budget - sum(int(event["cost_nusd"]) for event in events) < least_nusd:
+            return True
+    return False
+
+
 def _may_be_held(view: View, sight: Sight, other: Sight) -> bool:
     """Whether another request may not have been settled yet when this one was admitted, or its hold was left behind."""
     over = over_at(view, other)
@@ -365,7 +397,7 @@ def _limited(view: View, sight: Sight) -> bool:
     message = str(sight.error.get("message"))
     scope = scope_of(message)
     plan = view.plan(sight, scope)
-    if _is_surely_short(view, sight):
+    if _is_surely_short(view, sight) or _is_surely_spent(view, sight):
         return False
     others = others_of(view, sight, scope)
     counted = [

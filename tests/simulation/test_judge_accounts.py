@@ -3,11 +3,14 @@
 Both sides of each bound.
 """
 
+import json
+
 import pytest
 from msgspec.structs import replace
 
 from simulation.accounts import AccountPlan, KeyPlan
-from simulation.client import trace_of
+from simulation.bills import least_held
+from simulation.client import body_of, trace_of
 from simulation.history import Answer, History, Request
 from simulation.record import Done
 from simulation.story import played
@@ -27,6 +30,7 @@ from tests.simulation.judged import (
 )
 
 DAY_MS = 86_400_000
+LEAST = least_held(json.loads(body_of(REQUEST, MARKER))) * 2_500 + 16 * 10_000  # nano-USD that admit the request
 MONTH_MS = 31 * DAY_MS
 
 
@@ -321,3 +325,24 @@ def test_a_history_goes_on_past_midnight(midnight_s, ends_month, days, months):
     spent = run.record.looks[-1].told["spend"]
     kept = {name: spent[f"{name}_usd"] == spent["total_usd"] for name in ("day", "month")}
     assert kept == {"day": days == 1, "month": months == 1}
+
+
+@pytest.mark.parametrize(
+    ("budgets", "settled_ms", "is_right"),
+    [
+        pytest.param({"budget_nusd": COST + LEAST - 1}, 9_000, False, id="used up"),
+        pytest.param({"budget_nusd": COST + LEAST}, 9_000, True, id="not used up"),
+        pytest.param({"budget_nusd": COST + LEAST - 1}, 9_999, True, id="used up as it came"),
+        pytest.param({"daily_nusd": COST + LEAST - 1}, 9_000, False, id="used up on that day"),
+        pytest.param({"daily_nusd": COST + LEAST - 1}, 9_000 - DAY_MS, True, id="used up the day before"),
+    ],
+)
+def test_no_limit_refuses_what_a_budget_refuses(budgets, settled_ms, is_right):
+    case = Case()
+    bounded(case, requests_per_minute=1, **budgets)
+    refused(429, "rate_limit_exceeded", 50.0, message="Rate limit reached: account requests per minute.")(case)
+    case.twice(began_at=0.0, sent_at=0.0, ended_at=0.1)
+    other_key(case)
+    case.record.books = {0: book(settled(request_id="id-q1", settled_ms=settled_ms))}
+    found = [finding for finding in judge(case.record) if "429" in finding.words and "id-q0" in finding.words]
+    assert (not found) == is_right
