@@ -900,9 +900,12 @@ def _alone(rng: random.Random) -> History:
         stream = rng.random() < 0.5
         request = Request(f"q{number}", round(at_s, 3), model="plain", stream=stream, answers=(answer,))
         most = rng.choice((100, 200, None)) if near in {"allowance", "tokens"} else 20
-        worker = number if number < workers else rng.choice((0, 0, 0, 1))
-        steps.append(replace(request, max_tokens=most, worker=worker))
-    return History(0, "", keys=(key,), workers=workers, local=True, steps=tuple(steps))
+        is_first = number < workers
+        worker = number if is_first else rng.choice((0, 0, 0, 1))
+        steps.append(replace(request, max_tokens=most, worker=worker, key=0 if is_first else rng.choice((0, 0, 0, 1))))
+    # the other key has no limits, and is seen before as well
+    steps += [Request(f"o{worker}", 0.4 + 0.1 * worker, key=1, worker=worker) for worker in range(workers)]
+    return History(0, "", keys=(key, KeyPlan()), workers=workers, local=True, steps=tuple(steps))
 
 
 def _workers(rng: random.Random) -> History:

@@ -1631,6 +1631,18 @@ PLANTED: Final = [
         "            self._pending.popleft()\n            count += 1\n",
         "            self._pending.popleft()\n            return 1\n",
     ),
+    Planted(
+        "an account's keys share their slots without Redis",
+        "ledger/local.py",
+        'return request.account, f"{request.account} {request.key_id}"',
+        'return request.account, f"{request.account} its keys"',
+    ),
+    Planted(
+        "what went on without its client is told as completed",
+        "gateway/in_flight.py",
+        '                exchange.outcome = "client_disconnected"\n',
+        '                exchange.outcome = "completed"\n',
+    ),
     # Drains, and bodies that don't end.
     Planted(
         "a drain doesn't wait for what runs without its client",

@@ -166,7 +166,8 @@ def _out_of_credit(view: View, sight: Sight) -> bool:
     if sight.error.get("code") == "spend_limit_exceeded":
         return not _is_surely_short(view, sight) and _over_budget(view, sight, message)
     told = re.search(rf"has {USD} USD available.*?: {USD} USD needed", message)
-    since = sight.ended_at - LATENCY_S if sight.is_stream and not view.feels(sight, *STORE) else -math.inf
+    is_prompt = sight.request.reads not in {"slowly", "stalls"} and not view.feels(sight, *STORE)
+    since = sight.ended_at - LATENCY_S if sight.is_stream and is_prompt else -math.inf
     samples = credit_samples(view, sight, since)
     left = [sample.balance - sample.held for sample in samples]
     if sight.is_stream:

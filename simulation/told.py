@@ -14,7 +14,7 @@ from simulation.history import HOLD_TTL_S, STORE_TIMEOUT_S, UPSTREAMS
 from simulation.invalid import INVALID
 from simulation.provider import FAILURE, Call
 from simulation.reasons import REFUSALS, changed_limits, met_deadline
-from simulation.record import HOP_S, PERIODS, RECOVERY_S, Look, View, cut_short, date_of
+from simulation.record import HOP_S, LATENCY_S, PERIODS, RECOVERY_S, Look, View, cut_short, date_of
 
 OK: Final = 200
 REQUESTS_A_MINUTE, TOKENS_A_MINUTE = 600, 1_000_000  # of a key without limits of its own (docs/configuration.md)
@@ -168,11 +168,12 @@ def requests_are_logged(view: View) -> Iterator[str]:
             yield f"{sight.request_id} has {len(found)} lines in the log"
         for line in found:
             is_known = line["model"] is not None
-            expected = {**_seen(view, sight), **_booked(view, sight), "stream": [is_known and sight.request.stream]}
-            expected["overhead_ms"] = _overhead_ms(view, sight) if line["attempts"] else [0]
-            wrong = {name: line[name] for name, right in expected.items() if line[name] not in right}
-            if wrong:
-                right = {name: expected[name] for name in wrong}
+            seen = {**_seen(view, sight), "stream": [is_known and sight.request.stream]}
+            seen["overhead_ms"] = _overhead_ms(view, sight) if line["attempts"] else [0]
+            expected = [*seen.items(), *_booked(view, sight).items()]
+            right = {name: each for name, each in expected if line[name] not in each}
+            if right:
+                wrong = {name: line[name] for name in right}
                 yield f"{sight.request_id} is logged with {wrong}, and {right} would be right"
             for event in view.settled.get(sight.request_id, ()):
                 kept = {name: line[name] for name in ("account", "key_id", "model", "upstream", "attempts")}
@@ -218,6 +219,11 @@ def _seen(view: View, sight: Sight) -> dict[str, Any]:
     is_named = [] if sight.status not in {0, 401, 503} else [None]
     seen: dict[str, Any] = {"account": [f"a{key.account}", *is_named], "client": [view.record.client]}
     seen["key_id"] = [view.record.key_ids[sight.request.key], *is_named]
+    calls = view.own_calls(sight)
+    ends = [each for each in view.record.troubles if each.what in {"killed", "drained"}]
+    end_at = max((each.last_at if each.complete else each.ended_at or math.inf for each in calls[-1:]), default=0.0)
+    if sight.ended == "left" and end_at > sight.ended_at + LATENCY_S and not ends:
+        seen["outcome"] = ["client_disconnected"]  # whatever became of it then (docs/reliability.md)
     if sight.ended != "whole":
         return seen
     error, replayed = sight.error, "idempotent-replayed" in sight.headers
@@ -233,7 +239,6 @@ def _seen(view: View, sight: Sight) -> dict[str, Any]:
     if not sight.payload.startswith(PING):  # else its head came before another provider was asked
         seen["attempts"] = [0 if replayed else int(sight.headers.get("x-mesh-attempts", 0))]
         seen |= {} if error else {"model": [sight.headers.get("x-mesh-model")]}
-    calls = view.own_calls(sight)
     is_read = bool(calls) and calls[-1].ended == "error" and calls[-1].ended_at < sight.ended_at
     if not view.is_anothers(sight) and calls and (not error or is_read):
         call = calls[-1]

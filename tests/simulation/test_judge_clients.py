@@ -116,7 +116,8 @@ def repeated(*troubles, code="upstream_error", ended_at=30.0, answer=GOOD):
         case.record.sights[1].times = [(at, len(error)) for at in (11.0, 16.0, 21.0, 26.0, ended_at)]
         case.call.answer, case.call.ended, case.call.ended_at = answer, "cut", 10.6
         case.call.complete = case.call.reported = False
-        case.record.books = {0: book(settled(cost_nusd=130_000, usage_source="estimated"))}
+        left = {"usage_source": "estimated", "outcome": "client_disconnected"}
+        case.record.books = {0: book(settled(cost_nusd=130_000, **left))}
         case.record.troubles = list(troubles)
         case.record.history = replace(case.record.history, workers=3)
 
@@ -226,6 +227,7 @@ def left_at(upstream, provider_left_at, answer=GOOD):
         case.record.prices = [(0.0, MODELS | {"plain": replace(MODELS["plain"], routes=(upstream,))})]
         case.call.ended, case.call.ended_at, case.call.complete = "closed", provider_left_at, False
         case.sight.request = replace(case.sight.request, reads="hangs_up")
+        case.record.books = {0: book(settled(outcome="client_disconnected"))}
 
     return change
 
@@ -348,7 +350,11 @@ SEEN = {
     "a repeat that says so": (replayed_as(says=True, has_run=False), STREAMED, set()),
     "a repeat that doesn't say so": (replayed_as(says=False, has_run=False), STREAMED, IDS),
     "a repeat whose ping came first": (replayed_as(says=False, has_run=False, pinged=True), STREAMED, set()),
-    "a repeat that has run and says that it hasn't": (replayed_as(says=True, has_run=True), STREAMED, IDS),
+    "a repeat that has run and says that it hasn't": (
+        replayed_as(says=True, has_run=True),
+        STREAMED,
+        IDS | {"requests_are_logged"},
+    ),
     "a deadline": (sent_at(11.0), Request("q0", timeout_s=0.61), set()),
     "a deadline that has passed": (sent_at(11.0), Request("q0", timeout_s=0.59), {"deadlines_hold"}),
     "closed as its worker was drained": (closed_at(10.0, Trouble("drained", 10.09, 20.0, 0)), REQUEST, set()),

@@ -359,3 +359,24 @@ def test_a_key_has_its_models_and_expires_when_it_does():
     case.record.key_ids = ["key_0"]
     right = key_of(View(case.record), Look(0, 9.0, 9.1, GRANTED, 0, GRANTED))
     assert (right["models"], "expires_at" in right) == (["plain", "pair"], False)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "sent_by", "complete", "trouble", "is_right"),
+    [
+        ("client_disconnected", 11.6, True, None, True),
+        ("completed", 11.6, True, None, False),
+        ("completed", 11.5, True, None, True),  # the end may have been on its way
+        ("upstream_failed", 11.5, False, None, False),
+        ("shutdown", 11.6, True, Trouble("drained", 11.0, 20.0, 1), True),
+    ],
+)
+def test_a_request_whose_client_left_is_told_so(outcome, sent_by, complete, trouble, is_right):
+    """Its provider closes at 20.0."""
+    case = Case(Request("q0", keyed=True, reads="leaves"))
+    case.sight.ended, case.sight.ended_at = "left", 10.5
+    case.call.ended_at, case.call.last_at, case.call.complete = 20.0, sent_by, complete
+    case.record.history = replace(case.record.history, workers=2)
+    case.record.troubles = [trouble] if trouble else []
+    case.record.books = {0: book(settled(outcome=outcome))}
+    assert ("requests_are_logged" not in {finding.rule for finding in judge(case.record)}) == is_right

@@ -506,6 +506,15 @@ def test_a_part_of_a_compressed_stream_may_have_a_report(gzip, sent_bytes, compl
     assert ("sources_are_told" not in {finding.rule for finding in judge(case.record)}) == is_right
 
 
+@pytest.mark.parametrize(("reads", "excused"), [("slowly", True), ("all", False)])
+def test_credit_may_have_been_short_long_before_a_slow_client_is_told(reads, excused):
+    case = Case(Request("q0", stream=True, reads=reads))
+    out_of_credit(100_000)(case)
+    case.record.samples += [Sample(10.2, 0, 1_000, 0), Sample(10.3, 0, GRANTED, 0)]
+    case.sight.ended_at = 12.0
+    assert ("statuses_have_reasons" not in {finding.rule for finding in judge(case.record)}) == excused
+
+
 @pytest.mark.parametrize(("ran", "excused"), [("id-q1", True), ("id-q0", False)])
 def test_a_request_that_left_before_it_ran_has_no_tokens_of_another_s(ran, excused):
     case = Case(Request("q0", keyed=True, reads="leaves"))
