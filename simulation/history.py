@@ -983,6 +983,8 @@ def _across(rng: random.Random, drain: WorkerEvent, name: str) -> list[Step]:
         request = replace(_reading(rng, request, 0.1), keyed=rng.random() < 0.2, worker=drain.worker)
         if rng.random() < 0.25:  # read on without its client, which is gone by then
             request = replace(request, keyed=True, reads="leaves", after=0.05)
+        elif request.reads == "all" and rng.random() < 0.4:  # on a connection that its client would keep
+            request = replace(request, connection=f"{name}s{number}")
         requests.append(replace(request, at_s=round(max(0.0, drain.at_s - rng.choice((0.2, 1.0, 3.0))), 3)))
     if rng.random() < 0.5:  # on a connection that is idle by then, and used once more
         for number, late_s in enumerate((-1.5, rng.choice((0.4, 1.0, 5.0)))):

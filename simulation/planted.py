@@ -1669,6 +1669,12 @@ PLANTED: Final = [
         "",
     ),
     Planted(
+        "a drain keeps the connection of a stream that had begun",
+        "server/chat.py",
+        "            keep_open = stream.keep_alive and not self.closes_idle\n",
+        "            keep_open = stream.keep_alive\n",
+    ),
+    Planted(
         "a stream's head in a drain lets its connection be kept",
         "server/chat.py",
         "        if self._is_closing():\n",
