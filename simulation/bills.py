@@ -160,7 +160,7 @@ def bound_without_credit(view: View, sight: Sight) -> Cost | None:
         return None
     bounds = []
     for event in view.settled.get(sight.request_id, ()):
-        if event["hold"] != "live" or event["outcome"] != "insufficient_credits":
+        if event["hold"] == "none" or event["outcome"] != "insufficient_credits":
             continue
         prices = [each for model in view.models(sight, event["model"]) for price in model.prices for each in price.all]
         slices = [price.of_output(LEASE_TOKENS * sight.request.n) for price in prices]

@@ -326,6 +326,7 @@ MONEY = {
         TIERED,
         BILLS | OVERDRAWN,
     ),
+    "an abandoned hold and a slice": (out_of_credit(260_000, hold="abandoned"), STREAMED, {"holds_are_kept"}),
     "a hold and a slice for each of two": (out_of_credit(100_000 + 320_000), Request("q0", stream=True, n=2), set()),
     "a whole answer at its hold": (beyond(0), REQUEST, set()),
     "a whole answer beyond its hold": (beyond(1), REQUEST, OVERDRAWN),
