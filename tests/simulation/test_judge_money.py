@@ -140,11 +140,11 @@ def out_of_credit(cost, **fields):
     return change
 
 
-def billed_beyond_credit(cost):
+def billed_beyond_credit(cost, hold="live"):
     """Let the provider of a stream that ended for lack of credit have reported more than its hold allowed for."""
 
     def change(case):
-        out_of_credit(cost, usage_source="reported")(case)
+        out_of_credit(cost, usage_source="reported", hold=hold)(case)
         case.call.reported, case.call.bill, case.call.is_true = (
             True,
             Bill(20, 0, 300),
@@ -326,7 +326,7 @@ MONEY = {
         TIERED,
         BILLS | OVERDRAWN,
     ),
-    "an abandoned hold and a slice": (out_of_credit(260_000, hold="abandoned"), STREAMED, {"holds_are_kept"}),
+    "an abandoned hold and a slice": (billed_beyond_credit(260_000, "abandoned"), STREAMED, {"holds_are_kept"}),
     "a hold and a slice for each of two": (out_of_credit(100_000 + 320_000), Request("q0", stream=True, n=2), set()),
     "a whole answer at its hold": (beyond(0), REQUEST, set()),
     "a whole answer beyond its hold": (beyond(1), REQUEST, OVERDRAWN),
