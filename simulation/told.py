@@ -221,7 +221,8 @@ def _seen(view: View, sight: Sight) -> dict[str, Any]:
     seen["key_id"] = [view.record.key_ids[sight.request.key], *is_named]
     calls = view.own_calls(sight)
     ends = [each for each in view.record.troubles if each.what in {"killed", "drained"}]
-    end_at = max((each.last_at if each.complete else each.ended_at or math.inf for each in calls[-1:]), default=0.0)
+    sent = [each for each in calls[-1:] if each.complete or each.ended == "error"]
+    end_at = max((each.last_at if each in sent else each.ended_at or math.inf for each in calls[-1:]), default=0.0)
     if sight.ended == "left" and end_at > sight.ended_at + LATENCY_S and not ends:
         seen["outcome"] = ["client_disconnected"]  # whatever became of it then (docs/reliability.md)
     if sight.ended != "whole":

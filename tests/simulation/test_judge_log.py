@@ -362,20 +362,23 @@ def test_a_key_has_its_models_and_expires_when_it_does():
 
 
 @pytest.mark.parametrize(
-    ("outcome", "sent_by", "complete", "trouble", "is_right"),
+    ("outcome", "sent_by", "ended", "trouble", "is_right"),
     [
-        ("client_disconnected", 11.6, True, None, True),
-        ("completed", 11.6, True, None, False),
-        ("completed", 11.5, True, None, True),  # the end may have been on its way
-        ("upstream_failed", 11.5, False, None, False),
-        ("shutdown", 11.6, True, Trouble("drained", 11.0, 20.0, 1), True),
+        ("client_disconnected", 11.6, "whole", None, True),
+        ("completed", 11.6, "whole", None, False),
+        ("completed", 11.5, "whole", None, True),  # the end may have been on its way
+        ("failed", 11.6, "error", None, False),
+        ("failed", 11.5, "error", None, True),
+        ("upstream_failed", 11.5, "cut", None, False),
+        ("shutdown", 11.6, "whole", Trouble("drained", 11.0, 20.0, 1), True),
     ],
 )
-def test_a_request_whose_client_left_is_told_so(outcome, sent_by, complete, trouble, is_right):
+def test_a_request_whose_client_left_is_told_so(outcome, sent_by, ended, trouble, is_right):
     """Its provider closes at 20.0."""
     case = Case(Request("q0", keyed=True, reads="leaves"))
     case.sight.ended, case.sight.ended_at = "left", 10.5
-    case.call.ended_at, case.call.last_at, case.call.complete = 20.0, sent_by, complete
+    case.call.ended_at, case.call.last_at, case.call.ended = 20.0, sent_by, ended
+    case.call.complete = ended == "whole"
     case.record.history = replace(case.record.history, workers=2)
     case.record.troubles = [trouble] if trouble else []
     case.record.books = {0: book(settled(outcome=outcome))}
