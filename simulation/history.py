@@ -842,7 +842,7 @@ def _days(rng: random.Random) -> History:
 
 def _store(rng: random.Random) -> History:
     """Draw a store that fails under ordinary requests."""
-    if rng.random() < 0.3:
+    if rng.random() < 0.45:
         return _alone(rng)
     requests: list[Step] = [
         _reading(rng, _request(rng, f"q{number}", _any_answer(rng), spread=2.0), 0.15)
@@ -866,7 +866,7 @@ def _alone(rng: random.Random) -> History:
     Then a worker is killed, and its successor finds the journal while the store still refuses writes, or the store is lost
     once more when all has been charged.
     """
-    near = rng.choice(("allowance", "allowance", "slots", "requests", "tokens"))
+    near = rng.choice(("allowance", "allowance", "slots", "slots", "requests", "tokens"))
     what: FaultKind = rng.choice(("refused", "refused", "full", "gone"))
     workers, lost_at, lost_s = rng.choice((1, 1, 2)), 2.0, rng.choice((8.0, 15.0))
     key = KeyPlan(
@@ -981,7 +981,7 @@ def _across(rng: random.Random, drain: WorkerEvent, name: str) -> list[Step]:
         )
         request = replace(_request(rng, f"{name}{number}", answer), timeout_s=None, max_tokens=None, connection="")
         request = replace(_reading(rng, request, 0.1), keyed=rng.random() < 0.2, worker=drain.worker)
-        if rng.random() < 0.25:  # read on without its client, which is gone by then
+        if rng.random() < 0.35:  # read on without its client, which is gone by then
             request = replace(request, keyed=True, reads="leaves", after=0.05)
         elif request.reads == "all" and rng.random() < 0.4:  # on a connection that its client would keep
             request = replace(request, connection=f"{name}s{number}")
