@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
-from simulation.history import draw
+from simulation.drawing import draw
 from simulation.story import played
 
 CHUNK: Final = 10  # seeds that a job takes at once

@@ -10,7 +10,8 @@ from typing import Final
 from meshproxy.ledger.store import script_text
 from simulation.bills import allowed_charges, text_of
 from simulation.client import Sight
-from simulation.history import MODELS, UPSTREAMS, History, Model, Outage, Price, describe, draw
+from simulation.drawing import draw
+from simulation.history import MODELS, UPSTREAMS, History, Model, Outage, Price, describe
 from simulation.provider import Call
 from simulation.record import Done, Finding, Record, View
 from simulation.run import HOLD_OF, Line

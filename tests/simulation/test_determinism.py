@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from meshproxy.policy.principal import KeyChange
-from simulation.history import draw
+from simulation.drawing import draw
 from simulation.run import Left, World, run
 from simulation.story import played
 

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from simulation.__main__ import main
 from simulation.client import body_of
+from simulation.drawing import draw
 from simulation.history import (
     MODELS,
     Answer,
@@ -23,7 +24,6 @@ from simulation.history import (
     Request,
     WorkerEvent,
     describe,
-    draw,
 )
 from simulation.record import Finding
 from simulation.shrink import shrunk
