@@ -257,7 +257,8 @@ def what_runs_on_is_read(view: View) -> Iterator[str]:
         if sight.ended != "left" or not runs_on(view, sight) or ran_short(view, sight):
             continue
         for call in view.own_calls(sight):
-            is_left = call.ended == "closed" and not (call.answer.is_silent or call.complete)  # also after its [DONE]
+            is_told = call.complete or call.broke_down  # then its body may be left
+            is_left = call.ended == "closed" and not (call.answer.is_silent or is_told)
             if (
                 is_left
                 and sight.ended_at <= call.ended_at < sight.ended_at + DETACHED_S

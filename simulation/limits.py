@@ -345,6 +345,8 @@ def _taken(view: View, sight: Sight, kind: str) -> Taken:
     least, most = tokens_taken(view, sight)
     used = int(event["prompt_tokens"]) + int(event["completion_tokens"])
     has_slices = sight.request.stream and sight.request.max_tokens is None
+    if settled_at == math.inf:  # it may be settled already
+        least, most = min(least, used), max(most, used)
     return Taken(sight.began_at, until, least, most, used, settled_at, settled_at if has_slices else -math.inf)
 
 

@@ -69,9 +69,10 @@ class Call(Struct):
     `bill`: what its report says, by the dialect's rules; `is_true`: which parts of the report can be believed
     ("prompt", "completion"). `shown`: tokens of text in all of the answer. `shown_sent`, `shown_begun`: in what was
     sent, and in what was sent at least in part. `reported`: a report went out; `outdated`: text went out after the
-    last one. `tier`: the service tier that it names. `complete`: all that makes an answer whole went out. `ended`:
-    "whole", "cut" (by plan), "closed" (the gateway closed), "error". `lines`: the data of a stream's events, and `lines_at`
-    when each of them went out. `others`: its comments and names of events, each with the number of lines before it.
+    last one. `tier`: the service tier that it names. `complete`: all that makes an answer whole went out; `broke_down`: an
+    error event in its place. `ended`: "whole", "cut" (by plan), "closed" (the gateway closed), "error". `lines`: the data
+    of a stream's events, and `lines_at` when each of them went out. `others`: its comments and names of events, each with
+    the number of lines before it.
     `last_at`: when its head or the last of its bytes went out. `sent_bytes`: those of the body that it could write.
     """
 
@@ -93,6 +94,7 @@ class Call(Struct):
     reported: bool = False
     outdated: bool = False
     complete: bool = False
+    broke_down: bool = False
     head_sent: bool = False
     events_sent: int = 0
     sent_bytes: int = 0
@@ -127,6 +129,7 @@ class Event(Struct, frozen=True):
     tokens: int = 0
     has_report: bool = False
     is_done: bool = False
+    is_error: bool = False
     is_line: bool = False  # it has one of the call's `lines`
 
 
@@ -414,6 +417,7 @@ def _note_sent(call: Call, events: list[Event], parts: list[bytes], sent: int) -
         elif event.tokens:
             call.outdated = True
         call.complete = call.complete or event.is_done
+        call.broke_down = call.broke_down or event.is_error
 
 
 def _chunk(data: bytes) -> bytes:
@@ -628,7 +632,7 @@ class Making:
             made = made[: int(len(made) * answer.at)]
             words = f"broke down for {_echo(answer, call.headers)}"
             error = {"message": words, "type": "server_error", "code": FAILURE}
-            made.append(Event(b"data: " + json.dumps({"error": error}).encode() + b"\n\n"))
+            made.append(Event(b"data: " + json.dumps({"error": error}).encode() + b"\n\n", is_error=True))
             return made
         if answer.end == "ends_early":  # in order, but before its finish
             return made[: min(int(len(made) * answer.at), len(made) - self._n - 2)] if len(made) > self._n + 2 else []

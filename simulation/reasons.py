@@ -297,6 +297,8 @@ def _is_surely_spent(view: View, sight: Sight) -> bool:
             event
             for other in view.record.sights
             if view.is_of(scope, sight, other)
+            if scope != "session"
+            or view.history.keys[other.request.key].session_budget_nusd is not None  # else uncounted
             for event in view.settled.get(other.request_id, ())
             if int(event["settled_ms"]) < began_ms - 1
             and date_of(int(event["settled_ms"]), form) == date_of(ended_ms, form)

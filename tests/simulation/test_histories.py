@@ -314,6 +314,18 @@ FOUND = {
             WorkerEvent(16.859, "drained"),
         ),
     ),
+    "the judge took tokens for kept that had been given back before a clock jumped": History(
+        10289353,
+        "found",
+        credit=(10_000_000,),
+        keys=(KeyPlan(tokens_per_minute=1_000),),
+        steps=(
+            Request("q3a", at_s=0.445, prompt_words=1, answers=(Answer(words=1),)),
+            Request("qg1", at_s=0.48, prompt_words=1, answers=(Answer(words=1),)),
+            Fault(0.925, "slow"),
+            Fault(2.554, "clock"),
+        ),
+    ),
     "a stream that had ended took more of the local allowance": History(
         20194314,
         "found",

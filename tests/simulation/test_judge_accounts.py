@@ -346,3 +346,18 @@ def test_no_limit_refuses_what_a_budget_refuses(budgets, settled_ms, is_right):
     case.record.books = {0: book(settled(request_id="id-q1", settled_ms=settled_ms))}
     found = [finding for finding in judge(case.record) if "429" in finding.words and "id-q0" in finding.words]
     assert (not found) == is_right
+
+
+@pytest.mark.parametrize(("budget_nusd", "is_right"), [(1_000_000, False), (None, True)])
+def test_a_session_has_spent_what_keys_with_a_budget_for_it_spent(budget_nusd, is_right):
+    case = Case(Request("q0", session="s1"))
+    bounded(case, requests_per_minute=1)
+    refused(429, "rate_limit_exceeded", 50.0, message="Rate limit reached: account requests per minute.")(case)
+    case.twice(began_at=0.0, sent_at=0.0, ended_at=0.1)
+    other_key(case)
+    case.record.sights[1].request = Request("q1", key=1, session="s1")
+    keys = KeyPlan(session_budget_nusd=COST + LEAST - 1), KeyPlan(session_budget_nusd=budget_nusd)
+    case.record.history = replace(case.record.history, keys=keys)
+    case.record.books = {0: book(settled(request_id="id-q1", session="s1", settled_ms=9_000))}
+    found = [finding for finding in judge(case.record) if "429" in finding.words and "id-q0" in finding.words]
+    assert (not found) == is_right

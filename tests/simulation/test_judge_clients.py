@@ -232,6 +232,16 @@ def left_at(upstream, provider_left_at, answer=GOOD):
     return change
 
 
+def broken_down(change):
+    """Let the provider have sent an error event by then."""
+
+    def changed(case):
+        change(case)
+        case.call.broke_down = True
+
+    return changed
+
+
 def echoed(text):
     def change(case):
         case.failed(502, message=f"No. {text}")
@@ -398,6 +408,7 @@ SEEN = {
     "a drained answer is left": (left_at("drained", 130.9), REQUEST, {"what_runs_on_is_read"}),
     "a drained answer is left before its client has": (left_at("drained", 10.9), REQUEST, set()),
     "a drained answer is left as its client has": (left_at("drained", 11.0), REQUEST, {"what_runs_on_is_read"}),
+    "a drained answer that broke down is left": (broken_down(left_at("drained", 130.9)), REQUEST, set()),
     "a drained answer is left in the end": (left_at("drained", 131.1), REQUEST, set()),
     "an answer is left with its client": (left_at("one", 11.9), REQUEST, set()),
     "an empty answer whose head had come": (left_at("one", 16.0, Answer(error="empty", delay_s=0.99)), REQUEST, set()),
