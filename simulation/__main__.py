@@ -15,10 +15,20 @@ import os
 import signal
 import sys
 
+MAX_JOBS = 64
 
-def _count(word: str) -> int:
+
+def at_least_one(word: str) -> int:
+    """Return a number of the command line that is at least 1. Raises ArgumentTypeError."""
     if not word.isdecimal() or not int(word):
         raise argparse.ArgumentTypeError(f"{word!r} is no whole number of at least 1")
+    return int(word)
+
+
+def processes(word: str) -> int:
+    """Return how many processes a word of the command line asks for. Raises ArgumentTypeError."""
+    if at_least_one(word) > MAX_JOBS:
+        raise argparse.ArgumentTypeError(f"{word!r} is more than {MAX_JOBS} processes")
     return int(word)
 
 
@@ -42,10 +52,12 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m simulation", description="Play histories by their seeds.", allow_abbrev=False
     )
-    parser.add_argument("--seeds", type=_count, metavar="N", help="how many (100); with --minutes, at most so many")
+    parser.add_argument(
+        "--seeds", type=at_least_one, metavar="N", help="how many (100); with --minutes, at most so many"
+    )
     parser.add_argument("--from", dest="first", type=_seed, metavar="SEED", help="the first one (1)")
     parser.add_argument("--minutes", type=_minutes, metavar="M", help="as many as fit, one at least")
-    parser.add_argument("--jobs", type=_count, metavar="N", help="processes (1)")
+    parser.add_argument("--jobs", type=processes, metavar="N", help="processes (1)")
     parser.add_argument("--stop", action="store_true", help="end at the first seed that breaks a rule")
     parser.add_argument("--replay", type=_seed, metavar="SEED", help="print the transcript of this one")
     parser.add_argument("--whole", action="store_true", help="with --replay: set-up and the reading of the books too")

@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from simulation.__main__ import at_least_one, processes
+
 ROOT: Final = Path(__file__).parents[1]
 TIMEOUT_S: Final = 3_600.0
 SEEDS: Final = 2_000
@@ -1731,11 +1733,15 @@ def seeds_until_found(planted: Planted, most: int) -> tuple[int | None, str]:
 def main(words: list[str]) -> int:
     """Plant each fault, and print a row of the table in docs/simulation.md for each, and a sum."""
     parser = argparse.ArgumentParser(prog="python -m simulation.planted")
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"at most, for each fault ({SEEDS})")
+    parser.add_argument(
+        "--seeds", type=at_least_one, default=SEEDS, metavar="N", help=f"at most, for each fault ({SEEDS})"
+    )
     parser.add_argument("--only", default="", metavar="WORDS", help="faults whose name has these words")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="faults that are looked for at once (1)")
+    parser.add_argument("--jobs", type=processes, default=1, metavar="N", help="faults that are looked for at once (1)")
     asked = parser.parse_args(words)
     chosen = [planted for planted in PLANTED if asked.only in planted.name]
+    if not chosen:
+        parser.error(f"no fault's name has {asked.only!r}")
     found: list[int] = []
     with ThreadPoolExecutor(asked.jobs) as pool:
         results = pool.map(lambda planted: seeds_until_found(planted, asked.seeds), chosen)

@@ -392,7 +392,8 @@ def limits_named(view: View, sight: Sight, message: str) -> list[Bucket]:
 
 def _left_behind_s(view: View, sight: Sight) -> float:
     """Return for how long a request's slot may be taken once it is over: until its hold's deadline, if its worker died."""
-    return 0.0 if sight.ended == "whole" and not died_unsettled(view, sight) else HOLD_TTL_S
+    set_back_s = sum(max(0.0, -fault.delay_s) for fault in view.history.faults if fault.what == "clock")
+    return 0.0 if sight.ended == "whole" and not died_unsettled(view, sight) else HOLD_TTL_S + set_back_s
 
 
 def _limited(view: View, sight: Sight) -> bool:

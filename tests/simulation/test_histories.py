@@ -326,6 +326,17 @@ FOUND = {
             Fault(2.554, "clock"),
         ),
     ),
+    "the judge took a slot for free whose hold a clock that was set back had kept": History(
+        10306188,
+        "found",
+        keys=(KeyPlan(max_parallel=1),),
+        steps=(
+            Request("q3a", at_s=0.036, prompt_words=1, answers=(Answer(words=1, delay_s=7.0),)),
+            Fault(0.199, "clock", delay_s=-30.0),
+            WorkerEvent(2.713, "killed"),
+            Request("q2a", at_s=26.713, prompt_words=1, answers=(Answer(words=1),)),
+        ),
+    ),
     "a stream that had ended took more of the local allowance": History(
         20194314,
         "found",
@@ -732,6 +743,7 @@ def test_a_moment_is_enough_for_one_history(capsys):
     [
         ("--see 1", "unrecognized arguments: --see 1"),
         ("--jobs 0", "argument --jobs: '0' is no whole number of at least 1"),
+        ("--jobs 65", "argument --jobs: '65' is more than 64 processes"),
         ("--seeds -5", "argument --seeds: '-5' is no whole number of at least 1"),
         ("--seeds x", "argument --seeds: 'x' is no whole number of at least 1"),
         ("--minutes 0", "argument --minutes: '0' is no number above 0"),
