@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from simulation.accounts import Limits
-from simulation.bills import allowed_charges, has_passed_deadline, is_lost, least_held, over_at, runs_on
+from simulation.bills import allowed_charges, has_passed_deadline, is_lost, least_held, runs_on
 from simulation.books import lost_grants
 from simulation.client import Sight
 from simulation.history import ALLOWANCE_NUSD, IDLE_S, LEASE_TOKENS, MAX_OUTPUT_TOKENS, WRITE_TIMEOUT_S
@@ -16,6 +16,7 @@ from simulation.reasons import (
     WORKER_CHARACTERS,
     credit_samples,
     known_workers,
+    may_be_held,
     may_lose_hold,
     most_held,
     most_made,
@@ -199,7 +200,7 @@ def imposed_cap_faults(view: View, sight: Sight, call: Call) -> Iterator[str]:
 def _most_spent(view: View, sight: Sight, scope: str) -> int:
     """Return the most that others of its key, session or account may have spent or held when a request was admitted."""
     return sum(
-        max(view.charge(other), 0 if over_at(view, other) + LATENCY_S < sight.began_at else most_held(view, other))
+        max(view.charge(other), most_held(view, other) if may_be_held(view, sight, other) else 0)
         for other in view.record.sights
         if other is not sight and view.is_of(scope, sight, other) and other.began_at <= sight.ended_at
     )

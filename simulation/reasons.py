@@ -272,7 +272,7 @@ def _over_budget(view: View, sight: Sight, message: str) -> bool:
     most_spent = sum(
         max(
             view.charge_of(other, period, sight),
-            most_held(view, other, most_made(view, other)) if _may_be_held(view, sight, other) else 0,
+            most_held(view, other, most_made(view, other)) if may_be_held(view, sight, other) else 0,
         )
         for other in view.record.sights
         if other is not sight and view.is_of(scope, sight, other) and other.began_at <= sight.ended_at
@@ -308,7 +308,7 @@ def _is_surely_spent(view: View, sight: Sight) -> bool:
     return False
 
 
-def _may_be_held(view: View, sight: Sight, other: Sight) -> bool:
+def may_be_held(view: View, sight: Sight, other: Sight) -> bool:
     """Whether another request may not have been settled yet when this one was admitted, or its hold was left behind."""
     over = over_at(view, other)
     kept_s = HOLD_TTL_S if view.feels(other, until=over) else 0.0

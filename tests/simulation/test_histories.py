@@ -11,6 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from simulation.__main__ import main
+from simulation.accounts import AccountPlan
 from simulation.client import body_of
 from simulation.drawing import draw
 from simulation.history import (
@@ -335,6 +336,21 @@ FOUND = {
             Fault(0.199, "clock", delay_s=-30.0),
             WorkerEvent(2.713, "killed"),
             Request("q2a", at_s=26.713, prompt_words=1, answers=(Answer(words=1),)),
+        ),
+    ),
+    "the judge took the holds of a killed worker for free in a budget": History(
+        10309191,
+        "found",
+        accounts=(AccountPlan(monthly_nusd=3_000_000),),
+        midnight_s=3.0,
+        steps=(
+            Request(
+                "q4b", at_s=0.006, stream=True, prompt_words=40, answers=(Answer(words=1, delay_s=1.0, lingers_s=0.5),)
+            ),
+            Request("q3b", at_s=0.018, prompt_words=1, answers=(Answer(words=1, delay_s=7.0),)),
+            Request("q1a", at_s=0.962, prompt_words=1, answers=(Answer(words=1, pause_s=6.0),)),
+            WorkerEvent(1.236, "killed"),
+            Request("q1b", at_s=4.236, model="odd", prompt_words=400, answers=(Answer(words=1),)),
         ),
     ),
     "a stream that had ended took more of the local allowance": History(
