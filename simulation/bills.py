@@ -173,7 +173,9 @@ def bound_without_credit(view: View, sight: Sight) -> Cost | None:
             max(-(-tokens * price.input // 1_000_000) for price in prices) for tokens in (more_prompt, less_prompt)
         )
         most = _at_served(view, sight, event) + max(slices) + more_nusd
-        bounds.append(Cost(int(event["held_nusd"]) + min(slices) - less_nusd, most))
+        outputs = [price.output for price in prices]  # it may be held for at the dearest, and served at the cheapest
+        least = int(event["held_nusd"]) * min(outputs) // max(*outputs, 1)
+        bounds.append(Cost(least + min(slices) - less_nusd, most))
     return Cost(min(bound.least for bound in bounds), max(bound.most for bound in bounds)) if bounds else None
 
 
