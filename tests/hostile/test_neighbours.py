@@ -1,5 +1,5 @@
 """What one client may do to others: nothing. Each test attacks a gateway in a process of its own for some seconds, while a
-well-behaved client streams an event each 20 ms and asks for its key each 100 ms: it waits no second longer than it should, gets
+well-behaved client streams an event each 20 ms and asks for its key each 100 ms: it doesn't wait for long, gets
 nothing but 200, and the process grows by less than 400 MB.
 """
 
@@ -20,7 +20,7 @@ from tests.hostile.corpus import request
 
 FREE = Limits(1_000_000, 1_000_000_000, 1_000_000)
 MODELS = {"sim/paced": model("sim", "sim/plain?tokens=10000&tps=50")}
-LONGEST_WAIT_S = 1.0
+LONGEST_WAIT_S = 2.5  # the worst of them takes 0.6 s of a quiet core, and other tests share the cores
 GROWTH_BYTES = 400_000_000
 LOOK_S = 0.1
 
