@@ -82,7 +82,7 @@ BUGS: Final = frozenset(
     {"task_failed", "internal_error", "settlement_lost", "settlement_refused", "usage_refused_late"}
 )
 
-QUOTE: Final = re.compile(r"mk\d+q\w+?z(?! \[redacted\])")  # a provider's words end with a marker and its secret
+QUOTE: Final = re.compile(r"\bmk\d+q\w+?z(?! \[redacted\])")  # a provider's words end with a marker and its secret
 
 
 def toml(history: History, models: Mapping[str, Model], places: Mapping[str, str]) -> str:
