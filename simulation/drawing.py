@@ -73,7 +73,7 @@ def draw(seed: int) -> History:
 
 
 def _dialects(rng: random.Random) -> History:
-    """Whatever a provider may report, in all the shapes."""
+    """Draw whatever a provider may report, in all the shapes."""
     requests: list[Step] = []
     for number in range(rng.randint(2, 5)):
         request = _request(rng, f"q{number}", _any_answer(rng))
@@ -239,7 +239,7 @@ def _providers(rng: random.Random) -> History:
 
 
 def _clients(rng: random.Random) -> History:
-    """Clients that hang up, read slowly, give up, repeat."""
+    """Draw clients that hang up, read slowly, give up, repeat."""
     requests: list[Request] = []
     for number in range(rng.randint(2, 6)):
         keyed = [request for request in requests if request.keyed and not request.repeats]
@@ -270,7 +270,7 @@ def _clients(rng: random.Random) -> History:
 
 
 def _credit(rng: random.Random) -> History:
-    """Accounts with little credit, budgets and limits; requests that race."""
+    """Draw accounts with little credit, budgets and limits, and requests that race."""
     credit = tuple(
         rng.choice((0, 100_000, 300_000, 500_000, 1_000_000, 3_000_000, 10_000_000, 1_000_000_000))
         for _ in range(rng.randint(1, 2))
@@ -409,7 +409,7 @@ def _alone(rng: random.Random) -> History:
 
 
 def _workers(rng: random.Random) -> History:
-    """Workers that are killed, drained or reloaded in the middle."""
+    """Draw workers that are killed, drained or reloaded in the middle."""
     if rng.random() < 0.2:
         return _slots(rng)
     if rng.random() < 0.25:
